@@ -1,0 +1,1 @@
+"""What every other package may use: errors, types, events, seeds, tables, settings, files."""

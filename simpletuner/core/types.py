@@ -1,0 +1,167 @@
+"""The values that cross packages.
+
+Letters: B batch, C channels, F frames, H W height width, L tokens, D width; *S = H,W or F,H,W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    Embeds = Mapping[str, Tensor | tuple[Tensor, ...]]
+    """Text conditioning by the pipeline's own argument names; ragged outputs stay tuples."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and in what dtype the model runs, and which share of the work is ours."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What happened to a picture between its file and the encoder; all sizes (width, height) in px.
+
+    Args:
+        source: The oriented size of the file.
+        resize: The size after the one resize.
+        crop: Left, top, width, height of the box cut out of the resized picture.
+        flip: Mirrored left to right, after the crop.
+    """
+
+    source: tuple[int, int]
+    resize: tuple[int, int]
+    crop: tuple[int, int, int, int]
+    flip: bool = False
+
+    @property
+    def target(self) -> tuple[int, int]:
+        """The size that is encoded."""
+        return self.crop[2], self.crop[3]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One draw of one picture.
+
+    Args:
+        id: Content digest, 32 hex digits: what noise and dropout are keyed by.
+        dataset: The dataset's id.
+        path: Relative path inside the dataset, for messages.
+        caption: As drawn: after choice among variants, prefix and dropout (``""`` when dropped).
+        geometry: What was done to the picture.
+        occurrence: The how-manieth time this sample is drawn in this epoch, from 0.
+    """
+
+    id: str
+    dataset: str
+    path: str
+    caption: str
+    geometry: Geometry
+    occurrence: int = 0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One random corruption of a clean batch, all fp32.
+
+    Args:
+        noisy: [B, C, *S], what the denoiser sees.
+        target: [B, C, *S], what it should answer.
+        noise: [B, C, *S].
+        sigma: [B], the standard deviation of the noise in `noisy`.
+        timestep: [B], what the denoiser is told, in 0..1000.
+        weight: [B], the loss weight of the objective (1 unless a law says otherwise).
+    """
+
+    noisy: Tensor
+    target: Tensor
+    noise: Tensor
+    sigma: Tensor
+    timestep: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one shape, ready to be trained on.
+
+    Args:
+        latents: [B, C, *S] fp32, scaled as the denoiser expects them.
+        embeds: Text conditioning of the B captions.
+        samples: The B draws.
+        mask: [B, 1, *S] in 0..1, or None.
+        references: Reference latents of edit models.
+        controls: Control inputs by the denoiser's own argument names.
+    """
+
+    latents: Tensor
+    embeds: Embeds
+    samples: tuple[Sample, ...]
+    mask: Tensor | None = None
+    references: tuple[Tensor, ...] = ()
+    controls: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, place: Place) -> Batch:
+        """The batch on `place`: latents stay fp32, text conditioning takes the model's dtype."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(move(v) for v in value)
+            dtype = place.dtype if value.is_floating_point() else value.dtype
+            return value.to(place.device, dtype, non_blocking=True)
+
+        return replace(
+            self,
+            latents=self.latents.to(place.device, non_blocking=True),
+            embeds={name: move(value) for name, value in self.embeds.items()},
+        )
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that share their optimizer settings.
+
+    Args:
+        name: For the log.
+        parameters: By name, in a stable order.
+        decay: False keeps weight decay off them.
+        lr_scale: Multiplies the learning rate.
+    """
+
+    name: str
+    parameters: Mapping[str, torch.nn.Parameter]
+    decay: bool = True
+    lr_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """One micro-batch of the plan: which rows of which dataset, and what they weigh.
+
+    Args:
+        source: Index of the dataset in the plan's order.
+        rows: Row numbers in that dataset's index, one per sample of this rank.
+        occurrences: Which pass of the epoch each row belongs to (0 … repeats).
+        weights: 1.0 for a real sample, 0.0 for a ghost that only keeps shapes equal across ranks.
+        positions: Place of each sample in the whole window of all ranks, 0 … window_samples − 1.
+        window_samples: Real samples in the whole window: what the loss sum is divided by.
+        epoch: 0-based epoch.
+    """
+
+    source: int
+    rows: tuple[int, ...]
+    occurrences: tuple[int, ...]
+    weights: tuple[float, ...]
+    positions: tuple[int, ...]
+    window_samples: int
+    epoch: int
