@@ -1,0 +1,287 @@
+"""The index of a dataset: one Parquet table, kept current by looking only at what has changed.
+
+Columns: path, size, mtime_ns, content (16 bytes), width, height (after orientation), mode, status
+(``ok`` or ``reject``), reason; caption_size, caption_mtime_ns, caption, caption_reason of the text
+file beside the picture, where the dataset reads one. Sorted by path.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from simpletuner.core.events import Bus, Stage, StageProgress
+from simpletuner.core.files import write_through
+from simpletuner.data.captions import decode_text, text_key
+from simpletuner.data.probe import probe
+from simpletuner.data.storage.base import Storage
+
+FORMAT = b"1"
+FILE_COLUMNS = pa.schema(
+    [
+        ("path", pa.string()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("content", pa.binary(16)),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("mode", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+TEXT_COLUMNS = pa.schema(
+    [
+        ("caption_size", pa.int64()),
+        ("caption_mtime_ns", pa.int64()),
+        ("caption", pa.large_string()),
+        ("caption_reason", pa.string()),
+    ]
+)
+COLUMNS = pa.schema([*FILE_COLUMNS, *TEXT_COLUMNS])
+
+CHUNK = 1024
+"""Files looked at between two reports of progress."""
+
+SAVE_SECONDS = 60.0
+"""A long first scan is saved this often, so that a kill does not lose it."""
+
+FRESH_NS = 2_000_000_000
+"""A file changed this short before the scan may change again within one tick of its clock."""
+
+NO_FACTS = -1
+UNSURE = -2
+"""Stored as mtime_ns where the file must be looked at again next time."""
+
+NO_CAPTION = "no caption"
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """Size and time of n files, in the order of their keys; NO_FACTS where there is none."""
+
+    size: NDArray[np.int64]
+    mtime_ns: NDArray[np.int64]
+
+
+class Index:
+    """The table of one dataset in its file.
+
+    Args:
+        file: Where it is kept, never inside the dataset.
+        storage: The dataset's files.
+        workers: Threads that read, hash and probe.
+        bus: Told of progress.
+        title: What progress is called.
+    """
+
+    def __init__(self, file: Path, storage: Storage, *, workers: int, bus: Bus, title: str) -> None:
+        self.file = file
+        self.storage = storage
+        self.workers = workers
+        self.bus = bus
+        self.title = title
+
+    def load(self) -> pa.Table:
+        """The table as it was saved; empty if there is none that can be read."""
+        try:
+            table = pq.read_table(self.file)
+        except FileNotFoundError:
+            return COLUMNS.empty_table()
+        except (pa.ArrowException, OSError) as error:
+            self.bus.notice(f"the index {self.file} is made anew: {error}", "warning")
+            return COLUMNS.empty_table()
+        known = table.schema.metadata is not None and (
+            table.schema.metadata.get(b"format") == FORMAT
+        )
+        return table.select(COLUMNS.names) if known else COLUMNS.empty_table()
+
+    def save(self, table: pa.Table) -> None:
+        """Replace the file by `table`, whole or not at all."""
+        marked = table.replace_schema_metadata({b"format": FORMAT})
+        write_through(self.file, lambda path: pq.write_table(marked, path, compression="zstd"))
+
+    def scan(self, *, texts: bool) -> pa.Table:
+        """Bring the table up to date and save it.
+
+        Args:
+            texts: Every picture has a text file beside it.
+
+        Raises:
+            DataError: The dataset cannot be listed.
+        """
+        old = self.load()
+        keys = self._nameable(self.storage.keys())
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="index") as pool:
+            table, read = self._files(old, keys, pool)
+            table = self._texts(table, pool) if texts else _without_texts(table)
+        if not table.equals(old):
+            self.save(table)
+        note = f"{len(table)} pictures, {read} new or changed"
+        self._tell(Stage, "finished", done=read, total=read, note=note)
+        return table
+
+    def _files(
+        self, old: pa.Table, keys: list[str], pool: ThreadPoolExecutor
+    ) -> tuple[pa.Table, int]:
+        paths = pa.array(keys, pa.string())
+        now = self._listing(keys, pool)
+        there = now.size >= 0
+        same, at = _unchanged(old, paths, now)
+        same &= there
+        todo = np.flatnonzero(there & ~same)
+        parts = [old.take(pa.array(at[same]))]
+        self._tell(Stage, "running", total=len(todo))
+        saved = time.monotonic()
+        for done, rows in _chunks(todo):
+            look = [(keys[i], int(now.size[i]), int(now.mtime_ns[i])) for i in rows.tolist()]
+            parts.append(_table(pool.map(self._look, look)))
+            self._tell(StageProgress, "running", done=done, total=len(todo))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                self.save(pa.concat_tables(parts).sort_by("path"))
+                saved = time.monotonic()
+        table = pa.concat_tables(parts).combine_chunks()
+        order = np.argsort(np.concatenate((np.flatnonzero(same), todo)))
+        return table.take(pa.array(order)), len(todo)
+
+    def _look(self, known: tuple[str, int, int]) -> dict[str, Any]:
+        """Read, hash and probe one file: a row without its text columns."""
+        path, size, mtime_ns = known
+        row = {"path": path, "size": size, "mtime_ns": _settled(mtime_ns)}
+        try:
+            data = self.storage.read(path)
+        except OSError as error:
+            # A right that is given later does not change the file: look again next time.
+            reason = f"cannot be read: {error.strerror or error}"
+            return {**row, "mtime_ns": UNSURE, "status": "reject", "reason": reason}
+        row["content"] = blake2b(data, digest_size=16).digest()
+        found = probe(data)
+        if isinstance(found, str):
+            return {**row, "status": "reject", "reason": found}
+        size_and_mode = {"width": found.width, "height": found.height, "mode": found.mode}
+        return {**row, **size_and_mode, "status": "ok"}
+
+    def _texts(self, table: pa.Table, pool: ThreadPoolExecutor) -> pa.Table:
+        keys = [text_key(path) for path in table["path"].to_pylist()]
+        now = self._listing(keys, pool)
+        there = now.size >= 0
+        same = there & (now.size == _numbers(table["caption_size"]))
+        same &= now.mtime_ns == _numbers(table["caption_mtime_ns"])
+        todo = np.flatnonzero(there & ~same)
+        parts, cp1252 = [table.select(TEXT_COLUMNS.names)], []
+        for _, rows in _chunks(todo):
+            look = [(keys[i], int(now.size[i]), int(now.mtime_ns[i])) for i in rows.tolist()]
+            read = list(pool.map(self._read_text, look))
+            cp1252 += [
+                key for key, (_, encoding) in zip(look, read, strict=True) if encoding == "cp1252"
+            ]
+            parts.append(pa.Table.from_pylist([row for row, _ in read], TEXT_COLUMNS))
+        if cp1252:
+            self._tell_some("not UTF-8, read as cp1252", [key for key, _, _ in cp1252])
+        source = np.where(same, np.arange(len(table)), -1)
+        source[todo] = len(table) + np.arange(len(todo))
+        texts = pa.concat_tables(parts).take(pa.array(source, mask=source < 0))
+        for name in TEXT_COLUMNS.names:
+            column = table.schema.get_field_index(name)
+            table = table.set_column(column, COLUMNS.field(name), texts[name])
+        return table.combine_chunks()
+
+    def _read_text(self, known: tuple[str, int, int]) -> tuple[dict[str, Any], str]:
+        key, size, mtime_ns = known
+        row = {"caption_size": size, "caption_mtime_ns": _settled(mtime_ns)}
+        try:
+            decoded = decode_text(self.storage.read(key))
+        except OSError as error:
+            reason = f"caption cannot be read: {error.strerror or error}"
+            return {**row, "caption_mtime_ns": UNSURE, "caption_reason": reason}, ""
+        if decoded is None:
+            return {**row, "caption_reason": "caption is neither UTF-8 nor cp1252"}, ""
+        text, encoding = decoded
+        return {**row, "caption": text}, encoding
+
+    def _nameable(self, keys: list[str]) -> list[str]:
+        """The keys a table can hold: a name that is not UTF-8 is no text."""
+        named = [key for key in keys if key.isascii() or _is_text(key)]
+        if len(named) < len(keys):
+            odd = [repr(key) for key in set(keys).difference(named)]
+            self._tell_some("left out, for their names are not UTF-8", sorted(odd))
+        return named
+
+    def _tell_some(self, what: str, keys: Sequence[str]) -> None:
+        more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
+        text = f"{self.storage.title}: {what}: {', '.join(keys[:10])}{more}"
+        self.bus.notice(text, "warning")
+
+    def _listing(self, keys: Sequence[str], pool: ThreadPoolExecutor) -> _Listing:
+        def facts(some: Sequence[str]) -> list[tuple[int, int]]:
+            found = [self.storage.facts(key) for key in some]
+            return [(f.size, f.mtime_ns) if f else (NO_FACTS, NO_FACTS) for f in found]
+
+        pieces = [keys[i : i + CHUNK] for i in range(0, len(keys), CHUNK)]
+        made = [np.array(piece, np.int64) for piece in pool.map(facts, pieces)]
+        both = np.concatenate(made) if made else np.empty((0, 2), np.int64)
+        return _Listing(both[:, 0], both[:, 1])
+
+    def _tell(
+        self, kind: Callable[..., Stage], state: str, *, done: int = 0, total: int, note: str = ""
+    ) -> None:
+        self.bus.emit(kind(stage=self.title, state=state, done=done, total=total, note=note))
+
+
+def _unchanged(
+    old: pa.Table, paths: pa.Array, now: _Listing
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which of `paths` stand in `old` with the same facts, and in which row."""
+    if not len(old):
+        return np.zeros(len(paths), np.bool_), np.zeros(len(paths), np.int64)
+    found = pc.index_in(paths, value_set=old["path"].combine_chunks())
+    at = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    same = (at >= 0) & (_numbers(old["size"])[at] == now.size)
+    return same & (_numbers(old["mtime_ns"])[at] == now.mtime_ns), at
+
+
+def _is_text(name: str) -> bool:
+    # A byte that is not UTF-8 comes out of the file system as a lone surrogate.
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def _settled(mtime_ns: int) -> int:
+    """`mtime_ns`, or UNSURE if the file is so young that it may change unseen."""
+    return UNSURE if abs(time.time_ns() - mtime_ns) < FRESH_NS else mtime_ns
+
+
+def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    filled = column.combine_chunks().fill_null(NO_FACTS)
+    numbers: NDArray[np.int64] = filled.to_numpy(zero_copy_only=False).astype(np.int64)
+    return numbers
+
+
+def _table(rows: Iterator[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), COLUMNS)
+
+
+def _without_texts(table: pa.Table) -> pa.Table:
+    empty = TEXT_COLUMNS.empty_table()
+    for name in empty.column_names:
+        column = table.schema.get_field_index(name)
+        field = COLUMNS.field(name)
+        table = table.set_column(column, field, pa.nulls(len(table), field.type))
+    return table
+
+
+def _chunks(rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Pieces of `rows`, each with how many are done when it is."""
+    for start in range(0, len(rows), CHUNK):
+        piece = rows[start : start + CHUNK]
+        yield start + len(piece), piece

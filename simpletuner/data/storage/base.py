@@ -1,0 +1,44 @@
+"""What the product asks of the place where a dataset's files lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+PICTURE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+)
+"""Lower-case endings of the files that are taken for pictures."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What can be known of a file without reading it."""
+
+    size: int
+    mtime_ns: int
+
+
+class Storage(Protocol):
+    """A read-only tree of files; keys are relative paths with ``/``."""
+
+    @property
+    def title(self) -> str:
+        """Where it is, for messages."""
+
+    def keys(self) -> list[str]:
+        """Every picture, sorted.
+
+        Raises:
+            DataError: The place does not exist or cannot be listed.
+        """
+
+    def read(self, key: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+
+    def facts(self, key: str) -> FileFacts | None:
+        """Size and time of a file, or None where there is none."""

@@ -1,0 +1,81 @@
+"""A dataset in a folder of this machine; the folder is never written to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from stat import S_ISREG
+
+from simpletuner.core.errors import DataError
+from simpletuner.data.storage.base import PICTURE_SUFFIXES, FileFacts
+
+SKIPPED_FOLDERS = frozenset(("$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"))
+"""Folders of operating systems and archivers; hidden ones are skipped by their dot."""
+
+
+class LocalStorage:
+    """The pictures under a folder, at any depth.
+
+    Links are followed and loops cut; hidden files and folders are skipped.
+
+    Args:
+        root: The folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def title(self) -> str:
+        """The folder as the user wrote it."""
+        return str(self.root)
+
+    def keys(self) -> list[str]:
+        """Every picture under the folder, sorted.
+
+        Raises:
+            DataError: The folder does not exist, is a file, or cannot be listed.
+        """
+        if not self.root.is_dir():
+            what = "is not a folder" if self.root.exists() else "does not exist"
+            raise DataError(
+                f"the dataset folder {self.root} {what}", fix="correct instance_data_dir"
+            )
+        return sorted(self._walk(self.root, "", frozenset()))
+
+    def read(self, key: str) -> bytes:
+        """The bytes of a file."""
+        return (self.root / key).read_bytes()
+
+    def facts(self, key: str) -> FileFacts | None:
+        """Size and time of a file, or None where there is none."""
+        try:
+            found = (self.root / key).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return FileFacts(found.st_size, found.st_mtime_ns) if S_ISREG(found.st_mode) else None
+
+    def _walk(self, folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+        # A loop is a folder that lies inside itself, so only the chain above is remembered: two
+        # links to one folder are two sets of keys.
+        own = folder.stat()
+        identity = (own.st_dev, own.st_ino)
+        if identity in above:
+            return
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise DataError(
+                f"the folder {folder} cannot be listed: {error.strerror}",
+                fix="give this user the right to read it, or move it out of the dataset",
+            ) from error
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
+                continue
+            if entry.is_dir():
+                yield from self._walk(
+                    folder / entry.name, f"{prefix}{entry.name}/", above | {identity}
+                )
+            elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
+                yield prefix + entry.name

@@ -1,0 +1,1 @@
+"""Architecture rules, units that mirror the package, journeys, and tiny models for them."""

@@ -1,0 +1,31 @@
+"""What all tests share: the threads and offline switches torch reads at import, and tiny models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Read once, when torch and the tokenizers are imported. Two OpenMP threads that wait for each other
+# on a busy machine make the suite ten times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL folder that predicts noise; shared by all tests, so read it only."""
+    from tests.tiny.build import build_sdxl
+
+    return build_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL folder that predicts v; shared by all tests, so read it only."""
+    from tests.tiny.build import build_sdxl
+
+    return build_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl-v", prediction_type="v_prediction")

@@ -1,0 +1,1 @@
+"""Tiny pipelines with seeded random weights, saved as ordinary diffusers folders."""

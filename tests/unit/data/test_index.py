@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from simpletuner.core.events import Bus, Event, Notice, Stage
+from simpletuner.core.files import content_digest
+from simpletuner.data.index import COLUMNS, Index
+from simpletuner.data.storage.base import FileFacts
+from simpletuner.data.storage.local import LocalStorage
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def handle(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        pass
+
+
+class Counted(LocalStorage):
+    """A folder that counts what is read from it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reads: Counter[str] = Counter()
+
+    def read(self, key: str) -> bytes:
+        self.reads[key] += 1
+        return super().read(key)
+
+
+def picture(path: Path, colour: str = "red", size: tuple[int, int] = (30, 20)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return aged(path)
+
+
+def aged(path: Path, seconds: float = 3600) -> Path:
+    """The file as if it had been written a while ago: younger ones are looked at twice."""
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+    return path
+
+
+def scan(
+    folder: Path, file: Path, *, texts: bool = False, workers: int = 2
+) -> tuple[pa.Table, Counter[str], list[Event]]:
+    storage, heard = Counted(folder), Heard()
+    bus = Bus([heard])
+    index = Index(file, storage, workers=workers, bus=bus, title="index test")
+    table = index.scan(texts=texts)
+    bus.close()
+    return table, storage.reads, heard.events
+
+
+def row(table: pa.Table, path: str) -> dict[str, object]:
+    return next(found for found in table.to_pylist() if found["path"] == path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, colour in (("b.png", "red"), ("a/c.jpg", "green"), ("d.webp", "blue")):
+        picture(tmp_path / "data" / name, colour)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "index.parquet"
+
+
+def test_a_row_holds_what_the_file_is(folder: Path, file: Path) -> None:
+    table, _, _ = scan(folder, file)
+    assert table.schema.equals(COLUMNS)
+    assert table["path"].to_pylist() == ["a/c.jpg", "b.png", "d.webp"]
+    found = row(table, "b.png")
+    data = (folder / "b.png").read_bytes()
+    facts = (folder / "b.png").stat()
+    assert found["content"] == bytes.fromhex(content_digest(data))
+    assert (found["size"], found["mtime_ns"]) == (facts.st_size, facts.st_mtime_ns)
+    assert (found["width"], found["height"], found["mode"]) == (30, 20, "RGB")
+    assert (found["status"], found["reason"]) == ("ok", None)
+
+
+def test_a_second_scan_reads_nothing_and_finds_the_same(folder: Path, file: Path) -> None:
+    first, reads, _ = scan(folder, file)
+    assert set(reads) == {"a/c.jpg", "b.png", "d.webp"}
+    written = file.stat().st_mtime_ns
+    second, reads, _ = scan(folder, file)
+    assert not reads
+    assert second.equals(first)
+    assert file.stat().st_mtime_ns == written
+
+
+def test_only_what_changed_is_read_again(folder: Path, file: Path) -> None:
+    before, _, _ = scan(folder, file)
+    picture(folder / "b.png", "white", (40, 40))
+    picture(folder / "new.png")
+    (folder / "d.webp").unlink()
+    after, reads, _ = scan(folder, file)
+    assert set(reads) == {"b.png", "new.png"}
+    assert after["path"].to_pylist() == ["a/c.jpg", "b.png", "new.png"]
+    assert row(after, "b.png")["width"] == 40
+    assert row(after, "a/c.jpg") == row(before, "a/c.jpg")
+
+
+def test_a_younger_file_of_the_same_size_is_read_again(folder: Path, file: Path) -> None:
+    scan(folder, file)
+    aged(folder / "b.png", 1800)
+    assert set(scan(folder, file)[1]) == {"b.png"}
+
+
+def test_a_file_written_just_now_is_looked_at_twice(folder: Path, file: Path) -> None:
+    now = time.time()
+    os.utime(folder / "b.png", (now, now))
+    scan(folder, file)
+    assert set(scan(folder, file)[1]) == {"b.png"}
+
+
+def test_rejects_are_remembered_until_the_file_changes(folder: Path, file: Path) -> None:
+    (folder / "bad.png").write_bytes(b"no picture")
+    aged(folder / "bad.png")
+    table, _, _ = scan(folder, file)
+    assert row(table, "bad.png")["status"] == "reject"
+    assert row(table, "bad.png")["reason"] == "not a picture"
+    assert not scan(folder, file)[1]
+    picture(folder / "bad.png")
+    assert row(scan(folder, file)[0], "bad.png")["status"] == "ok"
+
+
+class Locked(Counted):
+    """A folder in which one file may not be read."""
+
+    def read(self, key: str) -> bytes:
+        if key == "b.png":
+            raise PermissionError(13, "Permission denied")
+        return super().read(key)
+
+
+def test_a_file_that_may_not_be_read_is_tried_again(folder: Path, file: Path) -> None:
+    index = Index(file, Locked(folder), workers=1, bus=Bus(), title="t")
+    assert row(index.scan(texts=False), "b.png")["reason"] == "cannot be read: Permission denied"
+    table, reads, _ = scan(folder, file)
+    assert set(reads) == {"b.png"}
+    assert row(table, "b.png")["status"] == "ok"
+
+
+def test_the_number_of_threads_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    tables = [scan(folder, tmp_path / f"{n}.parquet", workers=n)[0] for n in (1, 4)]
+    assert tables[0].equals(tables[1])
+
+
+def test_a_damaged_index_is_made_anew_and_said(folder: Path, file: Path) -> None:
+    first, _, _ = scan(folder, file)
+    file.write_bytes(file.read_bytes()[:200])
+    second, reads, events = scan(folder, file)
+    assert second.equals(first)
+    assert len(reads) == 3
+    assert any("is made anew" in event.text for event in events if isinstance(event, Notice))
+
+
+def test_an_index_of_another_format_is_not_used(folder: Path, file: Path) -> None:
+    import pyarrow.parquet as pq
+
+    scan(folder, file)
+    pq.write_table(pq.read_table(file).replace_schema_metadata({b"format": b"0"}), file)
+    assert len(scan(folder, file)[1]) == 3
+
+
+def test_progress_begins_and_ends_once(folder: Path, file: Path) -> None:
+    stages = [event for event in scan(folder, file)[2] if isinstance(event, Stage)]
+    assert [event.state for event in stages].count("finished") == 1
+    assert (stages[0].state, stages[0].done, stages[0].total) == ("running", 0, 3)
+    assert stages[-1].state == "finished"
+    assert stages[-1].done == stages[-1].total == 3
+    assert stages[-1].note == "3 pictures, 3 new or changed"
+
+
+def text(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    aged(path)
+
+
+def test_texts_are_read_once_and_again_when_they_change(folder: Path, file: Path) -> None:
+    text(folder / "b.txt", b"a bee\r\n")
+    text(folder / "a/c.txt", b"a sea")
+    table, reads, _ = scan(folder, file, texts=True)
+    assert table["caption"].to_pylist() == ["a sea", "a bee", None]
+    assert reads["b.txt"] == 1
+    assert not scan(folder, file, texts=True)[1]
+    text(folder / "b.txt", b"two bees")
+    text(folder / "d.txt", b"")
+    (folder / "a/c.txt").unlink()
+    table, reads, _ = scan(folder, file, texts=True)
+    assert set(reads) == {"b.txt", "d.txt"}
+    assert table["caption"].to_pylist() == [None, "two bees", ""]
+
+
+def test_a_changed_picture_keeps_its_text_and_the_other_way_round(folder: Path, file: Path) -> None:
+    text(folder / "b.txt", b"a bee")
+    scan(folder, file, texts=True)
+    picture(folder / "b.png", "white", (9, 9))
+    table, reads, _ = scan(folder, file, texts=True)
+    assert reads["b.png"] == 1
+    assert (row(table, "b.png")["caption"], row(table, "b.png")["width"]) == ("a bee", 9)
+
+
+def test_a_text_that_is_not_utf8_is_read_as_cp1252_and_named(folder: Path, file: Path) -> None:
+    text(folder / "b.txt", "café".encode("cp1252"))
+    text(folder / "d.txt", b"\x81\x8d\xff")
+    table, _, events = scan(folder, file, texts=True)
+    assert row(table, "b.png")["caption"] == "café"
+    assert row(table, "d.webp")["caption_reason"] == "caption is neither UTF-8 nor cp1252"
+    said = [event.text for event in events if isinstance(event, Notice)]
+    assert any("read as cp1252: b.txt" in line for line in said)
+
+
+def test_a_name_that_is_not_utf8_is_left_out_and_named(folder: Path, file: Path) -> None:
+    odd = os.fsencode(str(folder)) + b"/caf\xe9.png"
+    try:
+        os.rename(os.fsencode(str(folder / "b.png")), odd)
+    except OSError:
+        pytest.skip("this file system holds only UTF-8 names")
+    table, _, events = scan(folder, file)
+    assert table["path"].to_pylist() == ["a/c.jpg", "d.webp"]
+    assert any("not UTF-8" in event.text for event in events if isinstance(event, Notice))
+
+
+class Many:
+    """A storage of pictures that are all alike, for size."""
+
+    title = "many"
+
+    def __init__(self, count: int) -> None:
+        self.names = [f"folder/{number:07}.bmp" for number in range(count)]
+        self.data = b"no picture"
+
+    def keys(self) -> list[str]:
+        return self.names
+
+    def read(self, key: str) -> bytes:
+        raise AssertionError(f"{key} was read though nothing changed")
+
+    def facts(self, key: str) -> FileFacts | None:
+        return FileFacts(10, 1)
+
+
+@pytest.mark.slow
+def test_two_hundred_thousand_known_files_are_checked_in_seconds(file: Path) -> None:
+    storage = Many(200_000)
+    count = len(storage.names)
+    columns = {
+        "path": storage.names,
+        "size": [10] * count,
+        "mtime_ns": [1] * count,
+        "content": [number.to_bytes(16, "big") for number in range(count)],
+        "width": [30] * count,
+        "height": [20] * count,
+        "mode": ["RGB"] * count,
+        "status": ["ok"] * count,
+    }
+    known = pa.table(
+        [pa.array(columns.get(field.name, [None] * count), field.type) for field in COLUMNS],
+        schema=COLUMNS,
+    )
+    index = Index(file, storage, workers=2, bus=Bus(), title="t")
+    index.save(known)
+    start = time.perf_counter()
+    assert len(index.scan(texts=False)) == count
+    assert time.perf_counter() - start < 5
