@@ -1,0 +1,1 @@
+"""Base models: families, checkpoints and where they come from."""

@@ -1,0 +1,37 @@
+"""The model families: one file each, found by being here; names that are known but not built."""
+
+from __future__ import annotations
+
+from simpletuner.core.table import Row, Table, discover
+
+_NOT_BUILT = {
+    "auraflow": "AuraFlow",
+    "chroma": "Chroma",
+    "flux": "FLUX.1",
+    "flux2": "FLUX.2",
+    "hidream": "HiDream-I1",
+    "kolors": "Kolors",
+    "lumina2": "Lumina-Image 2.0",
+    "pixart": "PixArt-Σ",
+    "qwen_image": "Qwen-Image",
+    "sana": "Sana",
+    "sd1x": "Stable Diffusion 1.x",
+    "sd3": "Stable Diffusion 3 and 3.5",
+    "z_image": "Z-Image",
+}
+
+
+def _rows() -> tuple[Row, ...]:
+    built = {
+        family.name: Row(
+            family.name, family, family.title, facts={"flavours": tuple(family.flavours)}
+        )
+        for family in discover(__name__, "FAMILY").values()
+    }
+    waiting = {
+        name: Row(name, None, title) for name, title in _NOT_BUILT.items() if name not in built
+    }
+    return tuple(row for _, row in sorted({**built, **waiting}.items()))
+
+
+FAMILIES = Table("model_family", _rows())

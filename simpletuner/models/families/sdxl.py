@@ -1,0 +1,118 @@
+"""Stable Diffusion XL: the base models and the refiners."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.models.family import Family, Flavour
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from simpletuner.core.types import Batch, Draw, Embeds
+
+
+class SDXL(Family):
+    """SDXL: a UNet with two CLIP text encoders and size conditioning, ε or v by its scheduler.
+
+    Size conditioning follows Podell et al. 2023 (arXiv 2307.01952, section 2.2): the size of the
+    file before any resize, the crop's corner inside the resized picture, the encoded size. It
+    stays fp32 and is not dropped with the caption, for the stock pipeline gives it to the
+    unconditional pass too.
+    """
+
+    name = "sdxl"
+    title = "Stable Diffusion XL"
+    pipeline = "StableDiffusionXLPipeline"
+    flavours = MappingProxyType(
+        {
+            "base-1.0": Flavour("stabilityai/stable-diffusion-xl-base-1.0", "the base model"),
+            "refiner-1.0": Flavour(
+                "stabilityai/stable-diffusion-xl-refiner-1.0", "the low-noise expert of 1.0"
+            ),
+            "base-0.9": Flavour("stabilityai/stable-diffusion-xl-base-0.9", "the research release"),
+            "refiner-0.9": Flavour(
+                "stabilityai/stable-diffusion-xl-refiner-0.9", "the low-noise expert of 0.9"
+            ),
+        }
+    )
+    objective = "epsilon"
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    text_outputs = ("prompt_embeds", None, "pooled_prompt_embeds", None)
+    layouts = MappingProxyType({"prompt_embeds": "stack", "pooled_prompt_embeds": "stack"})
+    lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        draw: Draw,
+        batch: Batch,
+        residuals: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tensor:
+        """One UNet call."""
+        text: Tensor = batch.embeds["prompt_embeds"]  # [B, L, D]
+        pooled: Tensor = batch.embeds["pooled_prompt_embeds"]  # [B, D]
+        answer: Tensor = denoiser(
+            draw.noisy.to(text.dtype),
+            draw.timestep,
+            encoder_hidden_states=text,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": self._time_ids(denoiser, batch)},
+            return_dict=False,
+            **residuals,
+        )[0]
+        return answer.float()
+
+    def _time_ids(self, denoiser: nn.Module, batch: Batch) -> Tensor:
+        """[B, 6] fp32: heights before widths; [B, 5] with the aesthetic score for a refiner."""
+        import torch
+
+        config, pooled = denoiser.config, batch.embeds["pooled_prompt_embeds"]
+        inputs = config["projection_class_embeddings_input_dim"] - pooled.shape[-1]
+        refiner = inputs // config["addition_time_embed_dim"] == 5
+        rows = []
+        for sample in batch.samples:
+            geometry = sample.geometry
+            (width, height), (left, top) = geometry.source, geometry.crop[:2]
+            last = [self._score] if refiner else [geometry.target[1], geometry.target[0]]
+            rows.append([height, width, top, left, *last])
+        return torch.tensor(rows, dtype=torch.float32).to(batch.latents.device)
+
+    @property
+    def _score(self) -> float:
+        return float(self.options.get("data_aesthetic_score", 7.0))
+
+    @property
+    def _refiner(self) -> bool:
+        return bool(self.checkpoint.index.get("requires_aesthetics_score"))
+
+    def open_sampler(self, denoiser: nn.Module, vae: nn.Module) -> Any:
+        """The stock pipeline; the image-to-image one for a refiner, which has no other."""
+        if not self._refiner:
+            return super().open_sampler(denoiser, vae)
+        import diffusers
+
+        return diffusers.StableDiffusionXLImg2ImgPipeline(
+            **dict.fromkeys(self.text_parts),
+            unet=denoiser,
+            vae=vae,
+            scheduler=self.checkpoint.scheduler(),
+            requires_aesthetics_score=True,
+        )
+
+    def sampler_arguments(
+        self, embeds: Embeds, negative: Embeds, width: int, height: int
+    ) -> dict[str, Any]:
+        """A refiner starts from an empty latent at full strength: from noise alone."""
+        arguments = super().sampler_arguments(embeds, negative, width, height)
+        if self._refiner:
+            import torch
+
+            del arguments["width"], arguments["height"]
+            arguments["image"] = torch.zeros(1, 4, height // 8, width // 8)
+            arguments |= {"strength": 1.0, "aesthetic_score": self._score}
+        return arguments
+
+
+FAMILY = SDXL

@@ -1,0 +1,210 @@
+"""What a model family is: a diffusers pipeline plus a few facts.
+
+Letters: B batch, C channels, H W height width, L tokens, D width; *S = H,W.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from simpletuner.core.types import Batch, Draw, Embeds, Place
+    from simpletuner.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """A named checkpoint of a family.
+
+    Args:
+        repo: Its id on the hub.
+        summary: One sentence for the documentation.
+    """
+
+    repo: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """A family with one of its checkpoints; holds options, never tensors.
+
+    A family file declares the class variables and `predict`; loading, text encoding, sampling and
+    LoRA files are written once, here and in ``adapters``, against the stock pipeline.
+
+    Args:
+        checkpoint: Where the weights are.
+        options: The settings of ``model`` that this family reads, by their names.
+    """
+
+    name: ClassVar[str]
+    """What the user writes as model_family."""
+    title: ClassVar[str]
+    """The name people use."""
+    pipeline: ClassVar[str]
+    """The stock pipeline's class in diffusers."""
+    flavours: ClassVar[Mapping[str, Flavour]]
+    """Named checkpoints; the first is the default."""
+    objective: ClassVar[str]
+    """``epsilon``, ``v_prediction`` or ``flow`` where the scheduler's config does not say."""
+    denoiser: ClassVar[str] = "unet"
+    """The denoiser's component name in the pipeline, and the prefix of its LoRA keys."""
+    text_parts: ClassVar[tuple[str, ...]]
+    """The components that turn captions into conditioning."""
+    text_outputs: ClassVar[tuple[str | None, ...]]
+    """Names for what the pipeline's ``encode_prompt`` returns; None for what is not kept."""
+    layouts: ClassVar[Mapping[str, str]]
+    """How each kept output is batched: ``stack``."""
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Module names that carry an adapter unless the user names others."""
+
+    checkpoint: Checkpoint
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    # --- opening -----------------------------------------------------------------------------
+
+    def open_text(self, place: Place) -> Any:
+        """The stock pipeline with its text encoders and tokenizers only, on `place`."""
+        pipe = self.checkpoint.open_pipeline(
+            self.pipeline, without=(self.denoiser, "vae"), dtype=place.dtype
+        )
+        for part in self.text_parts:
+            module = pipe.components.get(part)
+            if module is not None and hasattr(module, "requires_grad_"):  # tokenizers have none
+                module.requires_grad_(False).eval()
+        return pipe.to(place.device)
+
+    def open_vae(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """The VAE, frozen, in eval mode."""
+        vae = self.checkpoint.open_part("vae", dtype)
+        return vae.requires_grad_(False).eval().to(device)
+
+    def open_denoiser(self, place: Place) -> nn.Module:
+        """The denoiser, frozen, in training mode, on `place`."""
+        denoiser: nn.Module = self.checkpoint.open_part(self.denoiser, place.dtype)
+        return denoiser.requires_grad_(False).train().to(place.device)
+
+    def open_sampler(self, denoiser: nn.Module, vae: nn.Module) -> Any:
+        """The stock pipeline around the live denoiser, with the checkpoint's own scheduler."""
+        import diffusers
+
+        cls = getattr(diffusers, self.pipeline)
+        absent: dict[str, None] = dict.fromkeys(self.text_parts)
+        return cls(
+            **absent, **{self.denoiser: denoiser}, vae=vae, scheduler=self.checkpoint.scheduler()
+        )
+
+    def fingerprint(self, part: str) -> str:
+        """A digest of the weights and configuration that shape what is cached.
+
+        Args:
+            part: ``"text"`` or ``"vae"``.
+        """
+        return self.checkpoint.digest(self.text_parts if part == "text" else ("vae",))
+
+    @property
+    def prediction_type(self) -> str:
+        """The objective: the user's ``prediction_type``, else the scheduler's, else the family's."""
+        chosen = self.options.get("prediction_type")
+        found: str = chosen or self.checkpoint.scheduler_config.get(
+            "prediction_type", self.objective
+        )
+        return found
+
+    # --- text and pixels -----------------------------------------------------------------------
+
+    def encode_text(self, pipe: Any, captions: Sequence[str]) -> list[Embeds]:
+        """One mapping per caption, tensors without the batch dimension, in the encoder's dtype."""
+        import torch
+
+        with torch.no_grad():
+            outputs = pipe.encode_prompt(
+                list(captions),
+                device=pipe.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )
+        named = zip(self.text_outputs, outputs, strict=True)
+        kept = {name: output for name, output in named if name is not None}
+        return [{name: output[i] for name, output in kept.items()} for i in range(len(captions))]
+
+    def encode_pixels(
+        self, vae: Any, pixels: Tensor, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """A sample of the VAE's posterior, shifted and scaled as the denoiser expects.
+
+        Args:
+            pixels: [B, 3, H, W] in [-1, 1].
+            generators: One CPU generator per picture, so that a latent does not depend on its batch.
+
+        Returns:
+            [B, C, H / factor, W / factor], fp32.
+        """
+        import torch
+
+        with torch.no_grad():
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        mean, std = posterior.mean.float(), posterior.std.float()
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+        latents = mean + std * noise.to(mean.device)
+        shift, scale = _normalisation(vae, latents)
+        return (latents - shift) * scale
+
+    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] fp32, about [-1, 1], of latents as the denoiser sees them."""
+        import torch
+
+        shift, scale = _normalisation(vae, latents)
+        raw = latents.float() / scale + shift
+        with torch.no_grad():
+            decoded: Tensor = vae.decode(raw.to(vae.device, vae.dtype)).sample.float()
+        return decoded
+
+    # --- the denoiser --------------------------------------------------------------------------
+
+    @abstractmethod
+    def predict(
+        self,
+        denoiser: nn.Module,
+        draw: Draw,
+        batch: Batch,
+        residuals: Mapping[str, Any] = {},
+    ) -> Tensor:
+        """The denoiser's answer with the meaning and sign of ``draw.target``.
+
+        Must not change its inputs.
+
+        Args:
+            denoiser: The bare module or one that adapters are attached to.
+            draw: What to denoise; fp32, cast here to the conditioning's dtype.
+            batch: Conditioning and geometry, on the denoiser's device.
+            residuals: Extra inputs by the denoiser's own argument names.
+
+        Returns:
+            [B, C, *S], fp32.
+        """
+
+    def sampler_arguments(
+        self, embeds: Embeds, negative: Embeds, width: int, height: int
+    ) -> dict[str, Any]:
+        """Arguments of the stock pipeline's ``__call__`` for cached conditioning and a size in px."""
+        negatives = {f"negative_{name}": value for name, value in negative.items()}
+        return {**embeds, **negatives, "width": width, "height": height}
+
+
+def _normalisation(vae: Any, like: Tensor) -> tuple[Any, Any]:
+    """(shift, scale) of ``latent = (raw - shift) * scale``: numbers, or [1, C, 1, 1] per channel."""
+    import torch
+
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return config.get("shift_factor") or 0.0, config["scaling_factor"]
+    shift, spread = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (mean, std))
+    return shift, config["scaling_factor"] / spread

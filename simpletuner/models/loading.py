@@ -1,0 +1,187 @@
+"""From what the user named (hub id, folder, single file, flavour) to a checkpoint on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.core.errors import ConfigError, ModelError
+from simpletuner.models.checkpoint import Checkpoint
+from simpletuner.models.families import FAMILIES
+
+if TYPE_CHECKING:
+    from simpletuner.models.family import Family
+    from simpletuner.models.settings import ModelSettings
+
+_WEIGHTS = (".safetensors",)
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def open_family(settings: ModelSettings, *, digests: Path | None = None) -> Family:
+    """The family of `settings` with its checkpoint, fetched if it is on the hub.
+
+    Args:
+        digests: See Checkpoint.
+
+    Raises:
+        ModelError: Not found, gated, offline, or of another layout; each says so.
+        ConfigError: A flavour the family does not have.
+    """
+    cls: type[Family] = FAMILIES[settings.model_family].load()  # type: ignore[assignment]
+    flavour = settings.model_flavour or next(iter(cls.flavours))
+    if flavour not in cls.flavours:
+        raise ConfigError(
+            f"{cls.name} has no flavour {flavour!r}; it has {', '.join(cls.flavours)}"
+        )
+    name = settings.pretrained_model_name_or_path or cls.flavours[flavour].repo
+    checkpoint = _resolve(name, cls.flavours[flavour].repo, settings, digests)
+    _check_class(checkpoint, cls)
+    options = {
+        "prediction_type": settings.prediction_type,
+        "data_aesthetic_score": settings.data_aesthetic_score,
+    }
+    return cls(checkpoint, options)
+
+
+def _resolve(
+    name: str, flavour_repo: str, settings: ModelSettings, digests: Path | None
+) -> Checkpoint:
+    path = Path(name).expanduser()
+    vae = None
+    if settings.pretrained_vae_model_name_or_path:
+        vae = _vae_folder(settings.pretrained_vae_model_name_or_path)
+    rest = {"variant": settings.variant, "vae": vae, "digests": digests}
+    if path.is_file():
+        file = _weights_file(path)
+        return Checkpoint(path.name, _configs(flavour_repo), file=file, **rest)  # type: ignore[arg-type]
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ModelError(
+                f"{name} is a folder without model_index.json",
+                fix="name a folder in diffusers layout, or the .safetensors file itself",
+            )
+        return Checkpoint(path.resolve().name, path, **rest)  # type: ignore[arg-type]
+    if _looks_like_path(name):
+        raise ModelError(
+            f"pretrained_model_name_or_path: {name} does not exist on this machine",
+            fix="correct the path, or name a model of the hub as owner/name",
+        )
+    return Checkpoint(name, fetch(name, settings.revision, settings.variant), **rest)  # type: ignore[arg-type]
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.count("/") != 1 or name[0] in "./~" or Path(name).suffix in _WEIGHTS + _PICKLES
+
+
+def _weights_file(path: Path) -> Path:
+    if path.suffix in _PICKLES:
+        raise ModelError(
+            f"{path.name} is a pickle, which can run code when it is opened",
+            fix="convert it to .safetensors, or take the model's safetensors release",
+        )
+    return path
+
+
+def _configs(repo: str) -> Path:
+    """A folder with the configs and tokenizers (no weights) of `repo`, for a single file."""
+    from huggingface_hub import snapshot_download
+
+    _first_file(repo, None)
+    return Path(
+        _ask_hub(
+            repo,
+            None,
+            lambda: snapshot_download(repo, allow_patterns=["**/*.json", "*.json", "**/*.txt"]),
+        )
+    )
+
+
+def _vae_folder(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if _looks_like_path(name):
+        raise ModelError(f"pretrained_vae_model_name_or_path: {name} does not exist")
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        _ask_hub(
+            name,
+            None,
+            lambda: snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "vae/*"]),
+        )
+    )
+
+
+def fetch(repo: str, revision: str | None, variant: str | None) -> Path:
+    """The snapshot folder of a hub model, downloading what its pipeline needs and no more.
+
+    HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are huggingface_hub's and mean what they mean
+    there.
+
+    Raises:
+        ModelError: Gated, missing or unreachable; each says so.
+    """
+    _first_file(repo, revision)
+    from diffusers import DiffusionPipeline
+
+    return Path(
+        _ask_hub(
+            repo,
+            revision,
+            lambda: DiffusionPipeline.download(repo, revision=revision, variant=variant),
+        )
+    )
+
+
+def _first_file(repo: str, revision: str | None) -> None:
+    """Ask for the smallest file first: the hub's answer about it is the clear one."""
+    from huggingface_hub import hf_hub_download
+
+    _ask_hub(
+        repo, revision, lambda: hf_hub_download(repo, "model_index.json", revision=revision)
+    )
+
+
+def _ask_hub(repo: str, revision: str | None, call: Any) -> str:
+    from huggingface_hub import errors
+
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        return str(call())
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{repo} is gated: its owner wants your name before you may download it",
+            fix=f"accept its terms at {endpoint}/{repo}, then run: hf auth login (or set HF_TOKEN)",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{repo} has no revision {revision!r}", fix="correct revision") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{repo} does not exist at {endpoint}, or it is private and you are not logged in",
+            fix="check the spelling; for a private model run: hf auth login (or set HF_TOKEN)",
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{repo} is not on this machine and {endpoint} cannot be reached",
+            fix="check the network or HF_ENDPOINT (and that HF_HUB_OFFLINE is not set),"
+            " or name a local folder",
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise ModelError(
+            f"{repo} is not in diffusers layout: {error}",
+            fix="name a repository that has a model_index.json, or a downloaded .safetensors file",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{repo} cannot be fetched from {endpoint}: {error}") from error
+
+
+def _check_class(checkpoint: Checkpoint, cls: type[Family]) -> None:
+    found = str(checkpoint.index.get("_class_name", ""))
+    wanted = cls.pipeline.removesuffix("Pipeline")
+    if not found.startswith(wanted):
+        raise ModelError(
+            f"{checkpoint.label} is a {found}, not a model of the family {cls.name}",
+            fix="set model_family to the checkpoint's family, or name another checkpoint",
+        )
