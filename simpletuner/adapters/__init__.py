@@ -1,0 +1,1 @@
+"""Which weights train, how they are attached, and how they are written."""

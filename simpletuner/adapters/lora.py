@@ -1,0 +1,202 @@
+"""LoRA by peft: fp32 adapters beside a frozen base (Hu et al. 2021, arXiv 2106.09685).
+
+The change of a module's weight is ``(alpha / rank) * B @ A``, A [rank, in], B [out, rank].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.adapters import export as export_files
+from simpletuner.adapters.method import Verified
+from simpletuner.core.errors import ConfigError, TrainingError
+from simpletuner.core.types import ParamGroup
+
+if TYPE_CHECKING:
+    from simpletuner.adapters.settings import AdapterSettings
+    from simpletuner.core.types import Batch, Draw
+    from simpletuner.models.family import Family
+
+_ADAPTER = "default"
+_CHECK = "verify"
+
+
+def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> LoRA:
+    """Freeze `denoiser` and give its target modules an adapter each.
+
+    Raises:
+        ConfigError: A target that no module matches, or an `init_lora` that does not fit.
+    """
+    from peft import LoraConfig
+
+    targets = list(settings.peft_lora_target_modules or family.lora_targets)
+    _check_targets(denoiser, targets)
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha or settings.lora_rank,
+        lora_dropout=settings.lora_dropout,
+        init_lora_weights=True if settings.lora_init_type == "default" else settings.lora_init_type,
+        target_modules=targets,
+    )
+    denoiser.requires_grad_(False)
+    denoiser.add_adapter(config, adapter_name=_ADAPTER)
+    lora = LoRA(denoiser, family.denoiser, type(family).name)
+    for parameter in lora.parameters().values():
+        parameter.data = parameter.data.float()
+    if settings.init_lora:
+        lora.start_from(Path(settings.init_lora))
+    return lora
+
+
+def _check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:
+    names = [name for name, _ in denoiser.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ConfigError(
+                f"peft_lora_target_modules: no module of the model is called {target!r}",
+                fix="name modules by the end of their path, for example to_q or to_out.0",
+            )
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A denoiser with LoRA adapters; implements Trainable."""
+
+    denoiser: nn.Module
+    prefix: str
+    family_name: str
+
+    def layers(self, adapter: str = _ADAPTER) -> dict[str, Any]:
+        """The modules that carry `adapter`, by name."""
+        from peft.tuners.lora import LoraLayer
+
+        return {
+            name: module
+            for name, module in self.denoiser.named_modules()
+            if isinstance(module, LoraLayer) and adapter in module.lora_A
+        }
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """lora_A and lora_B of every module, by their names in the exported file."""
+        found: dict[str, nn.Parameter] = {}
+        for name, layer in self.layers().items():
+            found[f"{name}.lora_A.weight"] = layer.lora_A[_ADAPTER].weight
+            found[f"{name}.lora_B.weight"] = layer.lora_B[_ADAPTER].weight
+        return found
+
+    def groups(self) -> list[ParamGroup]:
+        """One group: every adapter decays and learns alike."""
+        return [ParamGroup("lora", self.parameters())]
+
+    def predict(self, family: Family, draw: Draw, batch: Batch) -> Tensor:
+        """See Trainable."""
+        return family.predict(self.denoiser, draw, batch)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """See Trainable."""
+        self.denoiser.disable_adapters()
+        try:
+            yield
+        finally:
+            self.denoiser.enable_adapters()
+
+    def export(self, folder: Path, metadata: Mapping[str, str]) -> list[Path]:
+        """Write ``pytorch_lora_weights.safetensors`` in the diffusers layout."""
+        tensors = {
+            f"{self.prefix}.{name}": parameter.detach().float().cpu().contiguous()
+            for name, parameter in self.parameters().items()
+        }
+        config = self.denoiser.peft_config[_ADAPTER].to_dict()
+        path = folder / export_files.LORA_FILE
+        export_files.write_lora(path, tensors, self.prefix, config, metadata)
+        return [path]
+
+    def start_from(self, path: Path) -> None:
+        """Copy the weights of a LoRA in the diffusers layout into these adapters.
+
+        Raises:
+            ConfigError: Its modules, rank or alpha are not these.
+        """
+        tensors, scale = export_files.read_lora(path, self.prefix)
+        ours = self.parameters()
+        strange = sorted(set(tensors) ^ set(ours))
+        shapes = [n for n in ours if n in tensors and tensors[n].shape != ours[n].shape]
+        mine = next(iter(self.layers().values())).scaling[_ADAPTER]
+        if strange or shapes or abs(scale - mine) > 1e-6:
+            what = (
+                f"{len(strange)} modules differ, for example {strange[0]}"
+                if strange
+                else f"{shapes[0]} has another rank"
+                if shapes
+                else f"its alpha / rank is {scale:g}, yours is {mine:g}"
+            )
+            raise ConfigError(
+                f"init_lora: {path.name} does not fit: {what}",
+                fix="set lora_rank, lora_alpha and peft_lora_target_modules to the file's",
+            )
+        with torch.no_grad():
+            for name, parameter in ours.items():
+                parameter.copy_(tensors[name])
+
+    def verify(self, file: Path) -> Verified:
+        """Load `file` with the stock loader as a second adapter and compare module by module.
+
+        The stock loader casts to the base's dtype, so the change is computed in fp32 from the
+        file's tensors with the modules and the scale the loader gave them; what it loaded must be
+        those tensors in its dtype.
+
+        Raises:
+            TrainingError: A module is missing, extra, or changed by more than 1e-6.
+        """
+        state = export_files.read_tensors(file)
+        # the stock pipelines' own path for one component (load_lora_weights calls it)
+        self.denoiser.load_lora_adapter(
+            dict(state),
+            prefix=self.prefix,
+            adapter_name=_CHECK,
+            metadata=export_files.adapter_metadata(file),
+        )
+        try:
+            return self._compare(state, file)
+        finally:
+            self.denoiser.delete_adapters(_CHECK)
+            self.denoiser.set_adapter(_ADAPTER)
+
+    def _compare(self, state: Mapping[str, Tensor], file: Path) -> Verified:
+        ours, theirs = self.layers(), self.layers(_CHECK)
+        keys = {f"{self.prefix}.{n}.lora_{x}.weight" for n in theirs for x in "AB"}
+        wrong = sorted(set(ours) ^ set(theirs)) + sorted(set(state) ^ keys)
+        largest = 0.0
+        for name in ours.keys() & theirs.keys():
+            error = self._difference(name, ours[name], theirs[name], state)
+            largest = max(largest, error)
+            if not error <= 1e-6:
+                wrong.append(name)
+        if wrong:
+            raise TrainingError(
+                f"{file.name} was written, but the stock loader reads back another model:"
+                f" {len(wrong)} modules differ, for example {wrong[0]}",
+                fix="keep the last checkpoint and report this: the file must not be used",
+            )
+        return Verified(len(ours), len(ours) - len(wrong), largest)
+
+    def _difference(self, name: str, mine: Any, other: Any, state: Mapping[str, Tensor]) -> float:
+        """The largest difference of the two changes, relative to the largest entry of mine."""
+        a, b = (state[f"{self.prefix}.{name}.lora_{x}.weight"] for x in "AB")
+        for loaded, filed in ((other.lora_A, a), (other.lora_B, b)):
+            weight = loaded[_CHECK].weight
+            if not torch.equal(weight.cpu(), filed.to(weight.dtype)):
+                return float("inf")
+        mine_a, mine_b = (x[_ADAPTER].weight.detach().float().cpu() for x in (mine.lora_A, mine.lora_B))
+        trained = mine_b.flatten(1) @ mine_a.flatten(1) * mine.scaling[_ADAPTER]
+        reloaded = b.float().flatten(1) @ a.float().flatten(1) * other.scaling[_CHECK]
+        scale = max(trained.abs().max().item(), 1e-12)
+        return float((trained - reloaded).abs().max().item()) / scale

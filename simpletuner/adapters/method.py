@@ -1,0 +1,78 @@
+"""How weights are trained: the methods and what each gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from simpletuner.core.table import Row, Table
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from simpletuner.core.types import Batch, Draw, ParamGroup
+    from simpletuner.models.family import Family
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The result of reading an export back with the stock loader.
+
+    Args:
+        modules: Modules that carry the adapter.
+        matched: Modules whose reloaded change equals the trainer's.
+        largest_error: The largest difference of any entry, relative to the largest entry.
+    """
+
+    modules: int
+    matched: int
+    largest_error: float
+
+    def __str__(self) -> str:
+        return f"verified: {self.matched} of {self.modules} modules"
+
+
+class Trainable(Protocol):
+    """Weights that train, attached to a denoiser."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The module that is called, adapters included."""
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What trains, by name, in a stable order."""
+
+    def groups(self) -> Sequence[ParamGroup]:
+        """What trains, for the optimizer."""
+
+    def predict(self, family: Family, draw: Draw, batch: Batch) -> Tensor:
+        """`family.predict` with the adapters on."""
+
+    def disabled(self) -> AbstractContextManager[Any]:
+        """The untouched base, as long as the context is open."""
+
+    def export(self, folder: Path, metadata: Mapping[str, str]) -> list[Path]:
+        """Write the user's files into `folder`."""
+
+    def verify(self, file: Path) -> Verified:
+        """Read an export back with the stock loader and compare it with what is in memory."""
+
+
+METHODS = Table(
+    "training method",
+    (
+        Row("lora", "simpletuner.adapters.lora:attach", "Low-rank adapters beside frozen weights."),
+        Row("lycoris", None, "LyCORIS adapters: LoKr, LoHa and their kin."),
+        Row("full", None, "All weights of the denoiser."),
+    ),
+)
+
+
+def method_of(model_type: str, lora_type: str) -> Row:
+    """The row that `model_type` and `lora_type` name together."""
+    if model_type == "full":
+        return METHODS["full"]
+    return METHODS["lora" if lora_type == "standard" else lora_type]

@@ -1,0 +1,105 @@
+"""Which weights train, and how they are attached to the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from simpletuner.core.section import Section, setting
+
+FluxTarget = Literal[
+    "all",
+    "all+ffs",
+    "all+ffs+embedder",
+    "all+ffs+embedder+controlnet",
+    "context",
+    "context+ffs",
+    "mmdit",
+    "ai-toolkit",
+    "tiny",
+    "nano",
+    "controlnet",
+]
+
+
+class AdapterSettings(Section):
+    """What is trained."""
+
+    model_type: Literal["lora", "full"] = setting("lora", pending=("full",))
+    """Train a small adapter (lora), or all weights of the model (full)."""
+
+    lora_type: Literal["standard", "lycoris"] = setting("standard", pending=("lycoris",))
+    """The kind of adapter: plain LoRA, or one of the LyCORIS family."""
+
+    lora_rank: int = setting(16, ge=1)
+    """The width of the adapter; larger can learn more, makes a larger file and overfits sooner."""
+
+    lora_alpha: float | None = setting(None, gt=0)
+    """The adapter's strength is lora_alpha / lora_rank; without it, equal to lora_rank."""
+
+    lora_dropout: float = setting(0.0, ge=0, lt=1)
+    """The share of the adapter's inputs that is dropped in each step; larger overfits less."""
+
+    lora_init_type: Literal["default", "gaussian", "olora", "pissa", "loftq"] = setting(
+        "default", pending=("olora", "pissa", "loftq")
+    )
+    """How a new adapter's weights are drawn; default and gaussian start from the untouched
+    model."""
+
+    peft_lora_target_modules: tuple[str, ...] | None = setting(None, min_length=1)
+    """The modules that get an adapter, by the end of their names; without it, the family's
+    choice."""
+
+    init_lora: str | None = setting(None)
+    """A LoRA file or folder to go on from, instead of a new one."""
+
+    use_dora: bool = setting(False, pending=True)
+    """Train magnitude and direction apart (DoRA): often closer to full training, and slower."""
+
+    lora_format: Literal["diffusers", "comfyui"] = setting("diffusers", pending=("comfyui",))
+    """The layout of the LoRA file that is written."""
+
+    lycoris_config: Path | dict[str, Any] | None = setting(None, pending=True, path=True)
+    """The LyCORIS algorithm and its options: a JSON file, or the object itself; without it,
+    lycoris_config.json beside the settings file."""
+
+    flux_lora_target: FluxTarget = setting("all", pending=True)
+    """Which layers of FLUX get an adapter, as a named choice."""
+
+    assistant_lora_path: str | None = setting(None, pending=True)
+    """A frozen helper adapter that undoes a model's distillation while it trains: a hub id or a
+    file."""
+
+    assistant_lora_strength: float = setting(1.0, pending=True)
+    """How strongly the helper adapter acts in training."""
+
+    disable_assistant_lora: bool = setting(False, pending=True)
+    """Train without the helper adapter that a flavour brings."""
+
+    train_text_encoder: bool = setting(False, pending=True)
+    """Also train the text encoders."""
+
+    controlnet: bool = setting(False, pending=True)
+    """Train a ControlNet branch beside the model instead of the model itself."""
+
+    controlnet_model_name_or_path: str | None = setting(None, pending=True)
+    """A ControlNet to go on from: a hub id or a folder; without it, a copy of the model's own
+    encoder."""
+
+    use_ema: bool = setting(False, pending=True)
+    """Keep a running average of the trained weights beside them."""
+
+    ema_decay: float = setting(0.995, pending=True, ge=0, lt=1)
+    """How slowly the average follows; larger averages over more steps."""
+
+    ema_device: Literal["cpu", "accelerator"] = setting("cpu", pending=True)
+    """Where the average is held: cpu saves the device's memory, accelerator saves time."""
+
+    ema_cpu_only: bool = setting(False, pending=True)
+    """Never move the average to the device, not even for validation."""
+
+    ema_update_interval: int = setting(1, pending=True, ge=1, unit="optimizer steps")
+    """How often the average is updated; larger is cheaper."""
+
+    ema_warmup_steps: int = setting(0, pending=True, ge=0, unit="optimizer steps")
+    """Until this step the average is a copy of the weights."""

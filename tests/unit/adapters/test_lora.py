@@ -1,0 +1,197 @@
+"""LoRA: attached, exported, read back by the stock loader."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from simpletuner.adapters.export import header
+from simpletuner.adapters.lora import LoRA, attach
+from simpletuner.adapters.settings import AdapterSettings
+from simpletuner.adapters.weights import Weights
+from simpletuner.core.errors import ConfigError, ModelError, TrainingError
+from simpletuner.core.types import Place
+from tests.unit.models.test_sdxl import CPU, open_tiny
+
+SETTINGS: dict[str, Any] = {"lora_rank": 4, "lora_alpha": 10.0}
+
+
+def lora_on(folder: Path, place: Place = CPU, **settings: Any) -> LoRA:
+    family = open_tiny(folder)
+    torch.manual_seed(0)
+    return attach(
+        family.open_denoiser(place), family, AdapterSettings(**{**SETTINGS, **settings})
+    )
+
+
+def trained(lora: LoRA) -> LoRA:
+    for parameter in lora.parameters().values():
+        nn.init.normal_(parameter, std=0.1)
+    return lora
+
+
+def exported(lora: LoRA, folder: Path) -> Path:
+    (path,) = lora.export(folder, {"base_model": "tiny"})
+    return path
+
+
+def forward(denoiser: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    answer: torch.Tensor = denoiser(
+        latents,
+        torch.tensor([10.0, 700.0]),
+        encoder_hidden_states=torch.randn(2, 77, 64, generator=generator),
+        added_cond_kwargs={
+            "text_embeds": torch.randn(2, 32, generator=generator),
+            "time_ids": torch.full((2, 6), 64.0),
+        },
+    ).sample
+    return answer.detach()
+
+
+def test_only_the_adapters_train_and_they_are_fp32_over_a_bf16_base(tiny_sdxl: Path) -> None:
+    lora = lora_on(tiny_sdxl, Place(CPU.device, torch.bfloat16))
+    training = {n for n, p in lora.denoiser.named_parameters() if p.requires_grad}
+    assert len(training) == len(lora.parameters()) == 2 * len(lora.layers()) == 128
+    assert {p.dtype for p in lora.parameters().values()} == {torch.float32}
+    assert lora.denoiser.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_a_fresh_adapter_changes_nothing_and_disabled_gives_the_base(tiny_sdxl: Path) -> None:
+    base = forward(open_tiny(tiny_sdxl).open_denoiser(CPU))
+    lora = lora_on(tiny_sdxl)
+    assert torch.equal(forward(lora.denoiser), base)
+    trained(lora)
+    assert not torch.allclose(forward(lora.denoiser), base, atol=1e-3)
+    with lora.disabled():
+        assert torch.equal(forward(lora.denoiser), base)
+    assert not torch.allclose(forward(lora.denoiser), base, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_is_read_back_by_the_stock_loader(
+    tiny_sdxl: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    lora = trained(lora_on(tiny_sdxl, Place(CPU.device, dtype)))
+    before = forward(lora.denoiser.float() if dtype == torch.float32 else lora.denoiser.float())
+    names = set(lora.denoiser.state_dict())
+    verified = lora.verify(exported(lora, tmp_path))
+    assert str(verified) == "verified: 64 of 64 modules"
+    assert verified.largest_error <= 1e-6
+    assert set(lora.denoiser.state_dict()) == names
+    assert torch.equal(forward(lora.denoiser), before)
+
+
+def test_verification_sees_a_changed_tensor_a_missing_module_and_a_lost_alpha(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    lora = trained(lora_on(tiny_sdxl))
+    path = exported(lora, tmp_path)
+    tensors, facts = load_file(path), header(path)
+    name = next(iter(sorted(tensors)))
+    module = name.rsplit(".lora_", 1)[0]
+
+    save_file({**tensors, name: tensors[name] * 1.01}, path, metadata=facts)
+    with pytest.raises(TrainingError, match="1 modules differ"):
+        lora.verify(path)
+    less = {k: v for k, v in tensors.items() if not k.startswith(module + ".")}
+    save_file(less, path, metadata=facts)
+    with pytest.raises(TrainingError, match="reads back another model"):
+        lora.verify(path)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="64 modules differ"):
+        lora.verify(path)
+
+
+def test_the_header_has_rank_alpha_and_facts_but_no_paths(tiny_sdxl: Path, tmp_path: Path) -> None:
+    facts = header(exported(trained(lora_on(tiny_sdxl)), tmp_path))
+    adapter = json.loads(facts["lora_adapter_metadata"])
+    assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (4, 10.0)
+    assert (facts["ss_network_dim"], facts["ss_network_alpha"]) == ("4", "10")
+    assert facts["base_model"] == "tiny"
+    assert str(tiny_sdxl.parent) not in json.dumps(facts)
+    assert str(tmp_path) not in json.dumps(facts)
+
+
+_FRESH = """
+import sys
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import save_file
+from tests.unit.adapters.test_lora import forward
+pipe = StableDiffusionXLPipeline.from_pretrained(sys.argv[1])
+pipe.load_lora_weights(sys.argv[2])
+save_file({"answer": forward(pipe.unet)}, sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_with_the_stock_pipeline_computes_the_same(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    lora = trained(lora_on(tiny_sdxl))
+    exported(lora, tmp_path)
+    answer = tmp_path / "answer.safetensors"
+    subprocess.run(
+        [sys.executable, "-c", _FRESH, str(tiny_sdxl), str(tmp_path), str(answer)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    lora.denoiser.eval()
+    assert torch.equal(load_file(answer)["answer"], forward(lora.denoiser))
+
+
+def test_targets_can_be_named_and_a_name_that_matches_nothing_is_refused(tiny_sdxl: Path) -> None:
+    few = lora_on(tiny_sdxl, peft_lora_target_modules=["to_q"])
+    assert {name.rsplit(".", 1)[1] for name in few.layers()} == {"to_q"}
+    with pytest.raises(ConfigError, match="no module of the model is called 'to_qq'"):
+        lora_on(tiny_sdxl, peft_lora_target_modules=["to_q", "to_qq"])
+
+
+def test_gaussian_initialisation_differs_from_the_default(tiny_sdxl: Path) -> None:
+    plain, gaussian = lora_on(tiny_sdxl), lora_on(tiny_sdxl, lora_init_type="gaussian")
+    name = next(iter(plain.parameters()))
+    assert not torch.equal(plain.parameters()[name], gaussian.parameters()[name])
+
+
+def test_init_lora_starts_from_the_file(tiny_sdxl: Path, tmp_path: Path) -> None:
+    lora = trained(lora_on(tiny_sdxl))
+    path = exported(lora, tmp_path)
+    again = lora_on(tiny_sdxl, init_lora=str(path))
+    assert all(torch.equal(p, lora.parameters()[n]) for n, p in again.parameters().items())
+
+
+def test_init_lora_of_another_rank_or_alpha_or_kind_is_refused(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    path = str(exported(trained(lora_on(tiny_sdxl)), tmp_path))
+    with pytest.raises(ConfigError, match="has another rank"):
+        lora_on(tiny_sdxl, init_lora=path, lora_rank=8)
+    with pytest.raises(ConfigError, match="its alpha / rank is 2.5, yours is 1"):
+        lora_on(tiny_sdxl, init_lora=path, lora_alpha=4.0)
+    with pytest.raises(ConfigError, match="modules differ"):
+        lora_on(tiny_sdxl, init_lora=path, peft_lora_target_modules=["to_q"])
+    with pytest.raises(ConfigError, match="does not exist"):
+        lora_on(tiny_sdxl, init_lora=str(tmp_path / "no.safetensors"))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match="not a LoRA in the diffusers layout"):
+        lora_on(tiny_sdxl, init_lora=str(tmp_path / "other.safetensors"))
+
+
+def test_eval_weights_leave_every_module_in_the_mode_it_was_in(tiny_sdxl: Path) -> None:
+    lora = lora_on(tiny_sdxl, lora_dropout=0.1)
+    lora.denoiser.mid_block.eval()
+    modes = [module.training for module in lora.denoiser.modules()]
+    with Weights(lora, torch.optim.SGD(lora.parameters().values(), lr=1)).at("eval"):
+        assert not any(module.training for module in lora.denoiser.modules())
+    assert [module.training for module in lora.denoiser.modules()] == modes
