@@ -1,0 +1,1 @@
+"""Caches on disk: text embeddings and latents in packs, named by what shaped them."""

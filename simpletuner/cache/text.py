@@ -1,0 +1,99 @@
+"""Text conditioning by caption: encoded once, by encoders that are gone before training.
+
+Letters: B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from simpletuner.cache.fingerprint import text_key
+from simpletuner.cache.stage import EncodingStage, nothing_to_encode, release_memory
+from simpletuner.core.errors import CacheError
+
+if TYPE_CHECKING:
+    from simpletuner.cache.store import TensorStore
+    from simpletuner.core.events import Bus
+    from simpletuner.core.types import Place
+    from simpletuner.models.family import Family
+
+STAGE = "text embeddings"
+_FIX = "set mixed_precision to no, or check the text encoders' files"
+
+
+class TextCache:
+    """The conditioning of captions, on disk.
+
+    Args:
+        family: Whose text encoders they are sent to.
+        store: Where it is kept.
+        place: Where and in what dtype the encoders run.
+        batch_size: Captions encoded at once.
+    """
+
+    def __init__(
+        self, family: Family, store: TensorStore, place: Place, *, batch_size: int = 4
+    ) -> None:
+        unknown = {name: kind for name, kind in family.layouts.items() if kind != "stack"}
+        if unknown:
+            raise NotImplementedError(f"{family.name}: no way to batch {unknown} was built")
+        self._family, self._store, self._place = family, store, place
+        self._batch_size = batch_size
+        self._model = family.fingerprint("text")
+
+    def prepare(self, captions: Iterable[str], bus: Bus) -> None:
+        """Encode those of `captions` that are missing; without any, no encoder is opened.
+
+        Raises:
+            CacheError: The cache cannot be written.
+            ModelError: The encoders cannot be opened.
+        """
+        by_key = self._by_key(sorted(set(captions)))
+        missing = set(self._store.missing(list(by_key)))
+        if not missing:
+            nothing_to_encode(STAGE, len(by_key), bus)
+            return
+        self._encode({key: text for key, text in by_key.items() if key in missing}, bus)
+        release_memory(self._place.device)
+
+    def embeds(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The conditioning of B captions by the pipeline's argument names, [B, …], on the CPU.
+
+        Raises:
+            CacheError: One was never prepared, or its entry is damaged.
+        """
+        rows = self._store.locate([self._key(caption) for caption in captions])
+        if (rows < 0).any():
+            absent = captions[int((rows < 0).argmax())]
+            raise CacheError(
+                f"the caption {absent!r} is not in the cache {self._store.folder}",
+                fix="start again: missing captions are encoded before training",
+            )
+        slots = {slot.name: slot for slot in self._store.layout(int(rows[0]))}
+        batch = {
+            name: torch.empty((len(rows), *slots[name].shape), dtype=slots[name].dtype)
+            for name in self._family.layouts
+        }
+        for i, row in enumerate(rows.tolist()):
+            self._store.read_into(row, {name: tensor[i] for name, tensor in batch.items()})
+        return batch
+
+    def _encode(self, captions: dict[bytes, str], bus: Bus) -> None:
+        keys = list(captions)
+        pipe = self._family.open_text(self._place)
+        with EncodingStage(STAGE, len(keys), bus, _FIX) as stage:
+            for start in range(0, len(keys), self._batch_size):
+                group = keys[start : start + self._batch_size]
+                embeds = self._family.encode_text(pipe, [captions[key] for key in group])
+                stage.put(
+                    [(self._store, key, each) for key, each in zip(group, embeds, strict=True)]
+                )
+
+    def _by_key(self, captions: Sequence[str]) -> dict[bytes, str]:
+        return {self._key(caption): caption for caption in captions}
+
+    def _key(self, caption: str) -> bytes:
+        return text_key(caption, model=self._model, dtype=str(self._place.dtype))

@@ -1,0 +1,86 @@
+"""Captions are encoded once, as the stock pipeline does, by encoders that are gone afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.cache.store import TensorStore
+from simpletuner.cache.text import TextCache
+from simpletuner.core.errors import CacheError
+from simpletuner.core.events import Bus, Stage
+from simpletuner.core.types import Place
+from tests.unit.cache.setting import PLACE, Heard, watched
+
+CAPTIONS = ["a red cat", "", "a blue dog", "a red cat", "two birds"]
+
+
+def test_what_is_read_is_what_the_stock_pipeline_gives(tiny_sdxl: Path, tmp_path: Path) -> None:
+    family = watched(tiny_sdxl)
+    cache = TextCache(family, TensorStore.open(tmp_path), PLACE, batch_size=3)
+    cache.prepare(CAPTIONS, Bus())
+    embeds = cache.embeds(["two birds", "", "two birds"])
+    pipe = family.open_text(PLACE)
+    with torch.no_grad():
+        prompt, _, pooled, _ = pipe.encode_prompt(
+            ["two birds", "", "two birds"], device="cpu", do_classifier_free_guidance=False
+        )
+    assert embeds.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
+    torch.testing.assert_close(embeds["prompt_embeds"], prompt, atol=1e-5, rtol=0)
+    torch.testing.assert_close(embeds["pooled_prompt_embeds"], pooled, atol=1e-5, rtol=0)
+
+
+def test_only_missing_captions_are_encoded_and_the_encoders_are_freed(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    family = watched(tiny_sdxl)
+    TextCache(family, TensorStore.open(tmp_path), PLACE, batch_size=3).prepare(CAPTIONS, Bus())
+    assert family.batches == [3, 1]
+    assert [opened() for opened in family.opened] == [None]
+
+    again = TextCache(family, TensorStore.open(tmp_path), PLACE, batch_size=3)
+    again.prepare(CAPTIONS, Bus())
+    assert len(family.opened) == 1, "nothing is missing, so no encoder is opened"
+    again.prepare([*CAPTIONS, "a new one"], Bus())
+    assert family.batches == [3, 1, 1]
+
+
+def test_progress_counts_what_is_encoded(tiny_sdxl: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    bus = Bus([heard])
+    cache = TextCache(watched(tiny_sdxl), TensorStore.open(tmp_path), PLACE, batch_size=3)
+    cache.prepare(CAPTIONS, bus)
+    cache.prepare(CAPTIONS, bus)
+    bus.close()
+    told = [(e.state, e.done, e.total, e.note) for e in heard.events if isinstance(e, Stage)]
+    assert told == [
+        ("running", 0, 4, ""),
+        ("running", 3, 4, ""),
+        ("running", 4, 4, ""),
+        ("finished", 4, 4, ""),
+        ("finished", 4, 4, "all 4 in the cache"),
+    ]
+
+
+def test_embeddings_keep_the_encoders_dtype_and_each_dtype_has_its_own(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    family = watched(tiny_sdxl)
+    TextCache(family, TensorStore.open(tmp_path), PLACE).prepare(["a cat"], Bus())
+    half = TextCache(family, TensorStore.open(tmp_path), Place(torch.device("cpu"), torch.bfloat16))
+    with pytest.raises(CacheError, match="'a cat' is not in the cache"):
+        half.embeds(["a cat"])
+    half.prepare(["a cat"], Bus())
+    assert half.embeds(["a cat"])["prompt_embeds"].dtype == torch.bfloat16
+
+
+def test_the_trainers_own_layouts_are_all_it_takes(tiny_sdxl: Path, tmp_path: Path) -> None:
+    family = watched(tiny_sdxl)
+
+    class Ragged(type(family)):  # type: ignore[misc]
+        layouts = {"prompt_embeds": "ragged"}  # noqa: RUF012
+
+    with pytest.raises(NotImplementedError, match="'prompt_embeds': 'ragged'"):
+        TextCache(Ragged(family.checkpoint), TensorStore.open(tmp_path), PLACE)
