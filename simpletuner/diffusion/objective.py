@@ -1,0 +1,130 @@
+"""Objectives: how a clean latent is corrupted and what the denoiser should answer.
+
+Letters: B batch, C channels, *S = H,W; T steps of the training schedule; abar = cumulative alpha.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from simpletuner.core.errors import ConfigError
+from simpletuner.core.types import Draw
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Objective(Protocol):
+    """Pure fp32 mathematics of one prediction type."""
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """The law: quantiles [B] in [0, 1) to timesteps [B], on the CPU."""
+
+    def draw(self, clean: Tensor, t: Tensor, noise: Tensor) -> Draw:
+        """Corrupt `clean` [B, C, *S] with `noise` at CPU timesteps `t` [B]."""
+
+    def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
+        """The clean latent [B, C, *S] that `prediction` [B, C, *S] implies."""
+
+
+@dataclass(frozen=True, eq=False)
+class VariancePreserving(ABC):
+    """``noisy = sqrt(abar) x0 + sqrt(1 - abar) noise`` (Ho et al. 2020, eq. 4).
+
+    Args:
+        abar: [T] fp32 on the CPU.
+    """
+
+    abar: Tensor
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """Uniform on 0 … T - 1."""
+        return (u * len(self.abar)).long().clamp(max=len(self.abar) - 1)
+
+    def draw(self, clean: Tensor, t: Tensor, noise: Tensor) -> Draw:
+        """See Objective."""
+        abar = self.abar[t]
+        signal = _wide(abar.sqrt(), clean)
+        sigma = (1 - abar).sqrt().to(clean.device, non_blocking=True)
+        spread = _wide(sigma, clean)
+        return Draw(
+            noisy=signal * clean + spread * noise,
+            target=self.target(clean, noise, signal, spread),
+            noise=noise,
+            sigma=sigma,
+            timestep=t.to(clean.device, torch.float32, non_blocking=True),
+            weight=torch.ones_like(sigma),
+        )
+
+    def mix(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """The shares of x0 and of the noise in ``draw.noisy``, each [B, 1, …].
+
+        Looked up: near t = T the first is lost in the rounding of ``sqrt(1 - sigma^2)``.
+        """
+        abar = self.abar.to(draw.noisy.device, non_blocking=True)[draw.timestep.long()]
+        return _wide(abar.sqrt(), draw.noisy), _wide((1 - abar).sqrt(), draw.noisy)
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
+        """What the denoiser should answer; `signal` and `spread` are [B, 1, …]."""
+
+
+class Epsilon(VariancePreserving):
+    """The denoiser answers the noise (Ho et al. 2020, eq. 14)."""
+
+    def target(self, clean: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
+        """The noise."""
+        return noise
+
+    def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
+        """``(noisy - sqrt(1 - abar) eps) / sqrt(abar)``; not finite where abar is 0."""
+        signal, spread = self.mix(draw)
+        return (draw.noisy - spread * prediction) / signal
+
+
+class Velocity(VariancePreserving):
+    """The denoiser answers ``v = sqrt(abar) noise - sqrt(1 - abar) x0`` (Salimans & Ho 2022)."""
+
+    def target(self, clean: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
+        """The velocity v."""
+        return signal * noise - spread * clean
+
+    def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
+        """``sqrt(abar) noisy - sqrt(1 - abar) v``."""
+        signal, spread = self.mix(draw)
+        return signal * draw.noisy - spread * prediction
+
+
+def objective_of(prediction_type: str, scheduler_config: Mapping[str, Any]) -> Objective:
+    """The objective of a model.
+
+    Args:
+        prediction_type: ``epsilon`` or ``v_prediction``.
+        scheduler_config: The checkpoint's own, for its betas.
+
+    Raises:
+        ConfigError: A prediction type that is not built.
+    """
+    kinds: dict[str, type[Epsilon | Velocity]] = {"epsilon": Epsilon, "v_prediction": Velocity}
+    if prediction_type not in kinds:
+        raise ConfigError(
+            f"prediction_type {prediction_type!r} is not one of {', '.join(kinds)}",
+            fix="set prediction_type to what the model was trained with",
+        )
+    from diffusers import DDPMScheduler
+
+    # A loaded scheduler's config lists in "_use_default_values" keys that DDPM would then ignore.
+    own = {key: value for key, value in scheduler_config.items() if not key.startswith("_")}
+    schedule = DDPMScheduler.from_config(own)
+    return kinds[prediction_type](schedule.alphas_cumprod.float())
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, …] on the device of `like`."""
+    moved = values.to(like.device, non_blocking=True)
+    return moved.view(-1, *[1] * (like.ndim - 1))
