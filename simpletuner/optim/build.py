@@ -1,0 +1,164 @@
+"""From settings and parameter groups to an optimizer, and its memory by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from simpletuner.core.errors import TrainingError
+from simpletuner.optim.optimizers import OPTIMIZERS, numbers
+
+if TYPE_CHECKING:
+    from simpletuner.core.seeds import Seeds
+    from simpletuner.core.types import ParamGroup
+    from simpletuner.optim.settings import OptimizerSettings
+
+
+def build_optimizer(
+    settings: OptimizerSettings, groups: Sequence[ParamGroup], seeds: Seeds
+) -> torch.optim.Optimizer:
+    """The optimizer of `settings`, with one parameter group for each of `groups`.
+
+    A parameter group has ``name``; ``names`` beside ``params``; and ``lr_scale`` for whoever sets
+    the learning rate.
+
+    Raises:
+        ConfigError: The optimizer does not take what was set.
+        ExtraMissing: Its package is not installed.
+    """
+    assert len({group.name for group in groups}) == len(groups), "state is kept by group name"
+    make = OPTIMIZERS[settings.optimizer].load()
+    beta1, beta2 = settings.optimizer_beta1, settings.optimizer_beta2
+    options = numbers(
+        settings.optimizer,
+        betas=None if beta1 is None or beta2 is None else (beta1, beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+        config=settings.optimizer_config,
+    )
+    decay = options.pop("weight_decay")
+    ready = [
+        {
+            "name": group.name,
+            "names": list(group.parameters),
+            "params": list(group.parameters.values()),
+            "weight_decay": decay if group.decay else 0.0,
+            "lr": settings.learning_rate * group.lr_scale,
+            "lr_scale": group.lr_scale,
+        }
+        for group in groups
+    ]
+    optimizer: torch.optim.Optimizer = make(
+        ready, seed=seeds.seed, lr=settings.learning_rate, **options
+    )
+    return optimizer
+
+
+# --- what it remembers, by name ------------------------------------------------------------------
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup]
+) -> dict[str, Tensor]:
+    """Everything the optimizer remembers, copied, as ``<what>:<parameter>`` in its own dtype.
+
+    Plain numbers become 0-dim int64 or fp64 tensors; what belongs to a whole group is
+    ``group:<what>:<group>``.
+    """
+    found: dict[str, Tensor] = {}
+    for name, parameter in _parameters(groups).items():
+        for what, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                found[f"{what}:{name}"] = _as_tensor(value)
+    for group in optimizer.param_groups:
+        for what, value in group.items():
+            if isinstance(value, Tensor):
+                found[f"group:{what}:{group['name']}"] = _as_tensor(value)
+    return found
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave, bit for bit; the weights stay as they are.
+
+    Torch's own ``load_state_dict`` casts moments to the weights' dtype and is not used.
+
+    Raises:
+        TrainingError: They are another optimizer's, or name parameters that do not train now.
+    """
+    parameters = _parameters(groups)
+    pairs = [key.partition(":")[::2] for key in tensors]
+    stored = {name for what, name in pairs if what != "group"}
+    if strangers := sorted(stored - parameters.keys()):
+        raise _mismatch(f"remembers {strangers[0]}, which does not train now")
+    optimizer.state.clear()
+    if tensors:
+        _take_empty_step(optimizer, {id(parameters[name]) for name in stored})
+    now = optimizer_tensors(optimizer, groups)
+    if differing := sorted(now.keys() ^ tensors.keys()):
+        whose = "lacks" if differing[0] in now else "remembers"
+        raise _mismatch(f"{whose} {differing[0]}")
+    by_name = {group["name"]: group for group in optimizer.param_groups}
+    for key, tensor in tensors.items():
+        if tensor.shape != now[key].shape:
+            shapes = f"{tuple(tensor.shape)}, now {tuple(now[key].shape)}"
+            raise _mismatch(f"remembers {key} of shape {shapes}")
+        what, _, name = key.partition(":")
+        if what == "group":
+            what, _, name = name.partition(":")
+            holder = by_name[name]
+        else:
+            holder = optimizer.state[parameters[name]]
+        holder[what] = _restored(holder[what], tensor)
+
+
+def _take_empty_step(optimizer: torch.optim.Optimizer, members: set[int]) -> None:
+    """Let the optimizer set itself up, as each does in its first step, without moving a weight.
+
+    What it then remembers is overwritten; what it decided about itself (whether to compensate
+    rounding, which kernels to use) is as in an unbroken run.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [(p, p.grad, p.detach().clone() if id(p) in members else None) for p in parameters]
+    rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 0.0, 0.0
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if id(p) in members else None
+    optimizer.step()
+    with torch.no_grad():
+        for p, gradient, value in kept:
+            p.grad = gradient
+            if value is not None:
+                p.copy_(value)
+    for group, (rate, decay) in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"], group["weight_decay"] = rate, decay
+
+
+def _parameters(groups: Sequence[ParamGroup]) -> dict[str, torch.nn.Parameter]:
+    return {name: p for group in groups for name, p in group.parameters.items()}
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def _restored(before: Any, tensor: Tensor) -> Any:
+    """`tensor` as the optimizer keeps it: a plain number, or a tensor of the same layout."""
+    if not isinstance(before, Tensor):
+        return type(before)(tensor.item())
+    return torch.empty_like(before, dtype=tensor.dtype).copy_(tensor)
+
+
+def _mismatch(what: str) -> TrainingError:
+    return TrainingError(
+        f"the optimizer saved in the checkpoint {what}",
+        fix="set optimizer and the trained layers back to what the checkpoint was made with, or"
+        " start anew with resume_from_checkpoint none",
+    )
