@@ -329,7 +329,7 @@ class TextEmbedsSettings(EntrySettings):
     write_batch_size: int = setting(128, ge=1, unit="entries")
     """Entries handed to the disk at once."""
 
-    text_encoder_batch_size: int = setting(4, ge=1, unit="captions")
+    text_encoder_batch_size: int = setting(1, ge=1, unit="captions")
     """Captions encoded at once."""
 
     skip_file_discovery: str = setting("", pending=True)
@@ -401,7 +401,7 @@ def inherit_text_embeds(
     entry: TextEmbedsSettings,
     *,
     text_root: Path,
-    text_encoder_batch_size: int = 4,
+    text_encoder_batch_size: int = 1,
     write_batch_size: int = 128,
 ) -> TextEmbedsSettings:
     """`entry` with every value it does not give taken from the cache settings of the run."""

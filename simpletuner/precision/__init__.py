@@ -1,0 +1,1 @@
+"""Dtypes and memory: making a model fit its device."""

@@ -1,0 +1,110 @@
+"""In which numbers the model is held and computed, and how it is made to fit its device."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from simpletuner.core.section import Section, setting
+
+Quantised = Literal[
+    "no_change",
+    "int8-quanto",
+    "int4-quanto",
+    "int2-quanto",
+    "fp8-quanto",
+    "nf4-bnb",
+    "int8-torchao",
+    "fp8-torchao",
+]
+Kernel = Literal[
+    "diffusers",
+    "xformers",
+    "sageattention",
+    "flash-attn",
+    "flash-attn-2",
+    "flash-attn-3",
+    "flash-attn-3-varlen",
+]
+
+_QUANTISED = get_args(Quantised)[1:]
+_OTHER_KERNELS = get_args(Kernel)[1:]
+
+
+class PrecisionSettings(Section):
+    """Dtypes, quantisation, attention and memory."""
+
+    mixed_precision: Literal["bf16", "no", "fp16", "fp8"] = setting("bf16", pending=("fp16", "fp8"))
+    """What the model computes in; no is fp32 throughout: twice the memory, and slower."""
+
+    base_model_default_dtype: Literal["bf16", "fp32"] = setting("bf16")
+    """What the frozen weights are held in where they are not quantised; fp32 takes twice the
+    memory."""
+
+    gradient_checkpointing: bool = setting(True)
+    """Compute activations twice instead of keeping them: much less memory, about a quarter
+    slower."""
+
+    attention_mechanism: Kernel = setting("diffusers", pending=_OTHER_KERNELS)
+    """The kernel that computes attention; diffusers is torch's own."""
+
+    sageattention_usage: Literal["inference", "training", "training+inference"] = setting(
+        "inference", pending=True
+    )
+    """When sageattention is used; it trains no gradient through attention."""
+
+    base_model_precision: Quantised = setting("no_change", pending=_QUANTISED)
+    """What the frozen base is quantised to; fewer bits take less memory and lose detail."""
+
+    text_encoder_1_precision: Quantised = setting("no_change", pending=_QUANTISED)
+    """What the first text encoder is quantised to while captions are encoded."""
+
+    text_encoder_2_precision: Quantised = setting("no_change", pending=_QUANTISED)
+    """What the second text encoder is quantised to while captions are encoded."""
+
+    text_encoder_3_precision: Quantised = setting("no_change", pending=_QUANTISED)
+    """What the third text encoder is quantised to while captions are encoded."""
+
+    quantize_via: Literal["accelerator", "cpu", "pipeline"] = setting("accelerator", pending=True)
+    """Where quantising happens: the accelerator is faster, the CPU spares the device's memory."""
+
+    disable_tf32: bool = setting(False, pending=True)
+    """Keep every fp32 product exact on NVIDIA cards; slower."""
+
+    gradient_checkpointing_interval: int | None = setting(None, pending=True, ge=1, unit="blocks")
+    """Apply gradient_checkpointing only to every so many blocks; larger is faster and takes more
+    memory."""
+
+    unet_attention_slice: bool = setting(False, pending=True)
+    """Compute a UNet's attention in slices: less memory, slower."""
+
+    accelerator_cache_clear_interval: int | None = setting(
+        None, pending=True, ge=1, unit="optimizer steps"
+    )
+    """How often the device's memory cache is emptied; smaller is slower."""
+
+    enable_group_offload: bool = setting(False, pending=True)
+    """Keep the model's blocks in the computer's memory and bring each to the device when its turn
+    comes: far less memory, slower."""
+
+    group_offload_type: Literal["block_level", "leaf_level"] = setting("block_level", pending=True)
+    """What is brought at a time: blocks, or single layers (least memory, slowest)."""
+
+    group_offload_blocks_per_group: int = setting(1, pending=True, ge=1, unit="blocks")
+    """How many blocks are brought together; larger is faster and takes more memory."""
+
+    group_offload_use_stream: bool = setting(False, pending=True)
+    """Bring the next blocks while the present ones compute (CUDA only)."""
+
+    musubi_blocks_to_swap: int = setting(0, pending=True, ge=0, unit="blocks")
+    """How many of the last blocks stay in the computer's memory until their turn; larger takes
+    less of the device's memory and is slower."""
+
+    dynamo_backend: Literal["no", "inductor", "eager", "aot_eager", "cudagraphs"] = setting(
+        "no", pending=True
+    )
+    """Compile the model with torch.compile: a slow first step, faster ones after."""
+
+    dynamo_mode: Literal[
+        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+    ] = setting("default", pending=True)
+    """How hard torch.compile tries."""

@@ -1,0 +1,43 @@
+"""The machine a run stands on; the only file that imports accelerate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from simpletuner.core.types import Place
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of a run and where it stands."""
+
+    place: Place
+
+    @classmethod
+    def start(cls, dtype: torch.dtype) -> Runtime:
+        """Pick the device and quieten the libraries; `dtype` is what the model runs in."""
+        from accelerate import PartialState
+
+        _quieten_libraries()
+        state = PartialState()
+        return cls(Place(state.device, dtype, state.process_index, state.num_processes))
+
+
+def _quieten_libraries() -> None:
+    """Progress and notices are the console's business: the libraries' own bars would tear it."""
+    import os
+    import warnings
+
+    import diffusers
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"peft\.tuners")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers)\.")

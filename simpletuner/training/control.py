@@ -1,0 +1,58 @@
+"""Orders to a run: SIGINT and SIGTERM make it leave cleanly, a second one at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from simpletuner.core.errors import Interrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Control:
+    """Listens to signals while it is open.
+
+    Before the loop a signal raises Interrupted, and what was encoded so far is sealed on the way
+    out. Inside `deferred` the first one is remembered for the loop, which finishes its step and
+    saves; the second one ends the process at once, with the last checkpoint intact.
+    """
+
+    def __init__(self) -> None:
+        self.leave: int | None = None
+        self._deferred = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Control:
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals wait for the loop to look at `leave` while the context is open."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.leave is not None:
+            os._exit(128 + number)
+        self.leave = number
+        if not self._deferred:
+            raise Interrupted(
+                number,
+                f"stopped by {signal.Signals(number).name} before the first step;"
+                " what was encoded is kept",
+                fix="start it again with the same command",
+            )

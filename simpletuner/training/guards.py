@@ -1,0 +1,125 @@
+"""Two guards: the loss is finite, and everything that should learn does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.core.errors import TrainingError
+from simpletuner.training.stepper import gradients
+
+if TYPE_CHECKING:
+    from simpletuner.adapters.weights import Weights
+    from simpletuner.core.types import Batch, PlannedBatch
+    from simpletuner.training.stepper import Stepper
+
+_STEPS = 3
+
+
+class LearningGuard:
+    """After the first steps every trainable tensor has had a gradient and has moved.
+
+    LoRA's A gets its first gradient in the second step, for B starts at zero; three steps show it.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._start = {n: p.detach().clone() for n, p in weights.trainable.parameters().items()}
+        self._touched: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def watch(self) -> None:
+        """Look at the gradients of the step just done; judges after the third, then lets go.
+
+        Raises:
+            TrainingError: Some tensors cannot learn; names them.
+        """
+        if self._steps >= _STEPS:
+            return
+        for name, gradient in gradients(self._weights):
+            if gradient is not None:
+                seen = gradient.detach().abs().amax() > 0
+                self._touched[name] = seen | self._touched.get(name, torch.zeros_like(seen))
+        self._steps += 1
+        if self._steps == _STEPS:
+            self._judge()
+            self._start.clear()
+
+    def _judge(self) -> None:
+        parameters = self._weights.trainable.parameters()
+        cold = [n for n in parameters if n not in self._touched or not bool(self._touched[n])]
+        still = [n for n, p in parameters.items() if torch.equal(p.detach(), self._start[n])]
+        dead = sorted(set(cold) | set(still))
+        if dead:
+            why = "got no gradient" if cold else "did not move"
+            raise TrainingError(
+                f"{len(dead)} of {len(parameters)} trainable tensors {why} in {_STEPS} steps:"
+                f" {_some(dead)}",
+                fix="leave these modules out of peft_lora_target_modules, or raise learning_rate",
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def explain_not_finite(
+    stepper: Stepper, step: int, window: Sequence[tuple[PlannedBatch, Batch]]
+) -> TrainingError:
+    """Replay a window, which is pure, and name the samples and the first module that went wrong.
+
+    By then the update has spread what is not finite over the adapters, so the replay is made
+    without them: what it finds is in the data or the base, what it does not find is divergence.
+    """
+    blamed: list[str] = []
+    where = "the loss itself"
+    trainable = stepper.weights.trainable
+    for micro, (planned, batch) in enumerate(window):
+        fault = _FirstFault(trainable.denoiser)
+        with trainable.disabled(), fault, torch.no_grad():
+            share = stepper.micro_loss(step, micro, planned, batch)
+        if fault.name is not None:
+            where = f"module {fault.name}"
+        if fault.name is not None or not torch.isfinite(share):
+            blamed += [f"{s.dataset}/{s.path}" for s in batch.samples]
+    if blamed:
+        found = f"samples {_some(blamed)}, first in {where}"
+        fix = "repair or remove these pictures, or look at the base model's precision"
+    else:
+        found = "samples and base model are sound, so what was trained has diverged"
+        fix = "lower learning_rate or max_grad_norm"
+    return TrainingError(
+        f"the loss of step {step + 1} is not finite: {found}",
+        fix=f"{fix}; the next start resumes from the last checkpoint",
+    )
+
+
+class _FirstFault:
+    """Remembers the first module whose output is not finite while it is open."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.name: str | None = None
+        self._model = model
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _FirstFault:
+        for name, module in self._model.named_modules():
+            if not list(module.children()):
+                self._hooks.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, name: str) -> Any:
+        def look(_module: nn.Module, _inputs: object, output: object) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if self.name is None and isinstance(tensor, Tensor) and not tensor.isfinite().all():
+                self.name = name
+
+        return look

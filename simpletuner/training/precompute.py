@@ -1,0 +1,58 @@
+"""Everything that needs a text encoder or the VAE, before the denoiser is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from simpletuner.cache.caches import Caches
+from simpletuner.cache.latents import LatentCache, open_stores
+from simpletuner.cache.store import TensorStore
+from simpletuner.cache.text import TextCache
+from simpletuner.core.types import Place
+from simpletuner.precision.dtypes import dtype_of
+
+if TYPE_CHECKING:
+    from simpletuner.cache.settings import CacheSettings
+    from simpletuner.core.events import Bus
+    from simpletuner.core.seeds import Seeds
+    from simpletuner.data.settings import TextEmbedsSettings
+    from simpletuner.data.source import DataSource
+    from simpletuner.models.family import Family
+    from simpletuner.validation.prompts import Prompts
+
+
+def vae_place(settings: CacheSettings, place: Place) -> Place:
+    """Where the VAE runs: beside the model, in its own dtype if the user named one."""
+    if settings.vae_dtype == "default":
+        return place
+    return Place(place.device, dtype_of(settings.vae_dtype), place.rank, place.world)
+
+
+def precompute(
+    family: Family,
+    sources: Sequence[DataSource],
+    prompts: Prompts,
+    text_embeds: TextEmbedsSettings,
+    settings: CacheSettings,
+    seeds: Seeds,
+    place: Place,
+    bus: Bus,
+) -> Caches:
+    """Text embeddings, then latents; only what is missing is encoded, and encoders are freed.
+
+    The caches' sources are those to train on: without pictures that could not be decoded.
+    """
+    assert text_embeds.cache_dir is not None, "inherited values are filled in"
+    store = TensorStore.open(
+        text_embeds.cache_dir,
+        rank=place.rank,
+        write_batch_size=text_embeds.write_batch_size,
+        bus=bus,
+    )
+    text = TextCache(family, store, place, batch_size=text_embeds.text_encoder_batch_size)
+    captions = {caption for source in sources for caption in source.all_captions()}
+    text.prepare(captions | set(prompts.captions()), bus)
+    stores = open_stores(sources, rank=place.rank, bus=bus)
+    latents = LatentCache(family, stores, settings, vae_place(settings, place), seeds)
+    return Caches(latents.prepare(sources, bus), latents, text, seeds)

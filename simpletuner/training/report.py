@@ -1,0 +1,139 @@
+"""What a run says of itself: the summary at its start, run.json, the weights' header, the last block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.adapters.export import LORA_FILE
+from simpletuner.core.events import Bus, RunFinished, RunStarted
+from simpletuner.core.files import RunFolder, write_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from simpletuner.adapters.method import Trainable, Verified
+    from simpletuner.config.root import Config
+    from simpletuner.core.types import Place
+    from simpletuner.data.plan import BatchPlan
+    from simpletuner.data.source import DataSource
+    from simpletuner.models.family import Family
+    from simpletuner.training.state import TrainState
+    from simpletuner.training.timetable import Timetable
+
+
+class Report:
+    """Tells the bus and the output folder what runs and how it ended."""
+
+    def __init__(self, config: Config, family: Family, folder: RunFolder, bus: Bus) -> None:
+        self._config, self._family, self._folder, self._bus = config, family, folder, bus
+        self._facts: dict[str, Any] = {}
+
+    def metadata(self, state: TrainState) -> dict[str, str]:
+        """The header of the user's weights: facts for the reader, no paths, no secrets."""
+        adapter = self._config.adapter
+        trigger = self._config.data.instance_prompt
+        facts = {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{self._family.name}/{adapter.model_type}",
+            "modelspec.implementation": "diffusers",
+            "modelspec.prediction_type": self._family.prediction_type,
+            "base_model": self._family.checkpoint.label,
+            "lora_rank": str(adapter.lora_rank),
+            "lora_alpha": f"{adapter.lora_alpha or adapter.lora_rank:g}",
+            "steps": str(state.step),
+            "simpletuner_version": state.versions["simpletuner"],
+        }
+        if isinstance(trigger, str) and trigger:
+            facts["modelspec.trigger_phrase"] = trigger
+        return facts
+
+    def started(
+        self,
+        sources: Sequence[DataSource],
+        plan: BatchPlan,
+        timetable: Timetable,
+        state: TrainState,
+        trainable: Trainable,
+        place: Place,
+        resumed: Path | None,
+    ) -> None:
+        """Write resolved_config.json and run.json, and tell what was resolved."""
+        summary = self._summary(sources, plan, timetable, trainable, place)
+        if resumed is not None:
+            summary["resumed"] = f"{resumed.name}, {state.step} steps done"
+        self._facts = {"versions": dict(state.versions), "summary": summary, "result": None}
+        write_json(self._folder.resolved_config, flat(self._config))
+        write_json(self._folder.run, self._facts)
+        self._bus.emit(
+            RunStarted(
+                summary=summary, total_steps=timetable.total_steps, first_step=state.step + 1
+            )
+        )
+        if state.step >= timetable.total_steps:
+            self._bus.notice(
+                f"this run is finished: {state.step} of {timetable.total_steps} steps are done;"
+                " raise max_train_steps or num_train_epochs to go on"
+            )
+
+    def _summary(
+        self,
+        sources: Sequence[DataSource],
+        plan: BatchPlan,
+        timetable: Timetable,
+        trainable: Trainable,
+        place: Place,
+    ) -> dict[str, str]:
+        config = self._config
+        weights = trainable.parameters().values()
+        optimizer, adapter = config.optimizer, config.adapter
+        data = ", ".join(
+            f"{s.id}: {len(s)} pictures in {len({tuple(b) for b in s.buckets.tolist()})} shapes"
+            for s in sources
+        )
+        return {
+            "model": f"{self._family.title}, {self._family.checkpoint.label},"
+            f" {self._family.prediction_type}",
+            "method": f"{adapter.model_type}, rank {adapter.lora_rank}, alpha"
+            f" {adapter.lora_alpha or adapter.lora_rank:g}, {len(weights)} tensors,"
+            f" {sum(p.numel() for p in weights):,} weights",
+            "data": data,
+            "schedule": f"{timetable.total_steps} steps of"
+            f" {config.schedule.train_batch_size} x {config.schedule.gradient_accumulation_steps},"
+            f" {plan.windows_per_epoch} steps an epoch",
+            "optimizer": f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g},"
+            f" {optimizer.lr_scheduler}",
+            "precision": f"{str(place.dtype).removeprefix('torch.')} on {place.device},"
+            " adapters in float32",
+            "output": str(self._folder.root),
+        }
+
+    def finished(self, state: TrainState, file: Path, verified: Verified) -> None:
+        """Complete run.json and tell the closing block; its last line says what was verified."""
+        self._facts["result"] = {
+            "weights": file.name,
+            "steps": state.step,
+            "samples_seen": state.samples_seen,
+            "verified": str(verified),
+            "largest_relative_error": verified.largest_error,
+        }
+        write_json(self._folder.run, self._facts)
+        lines = [f"weights: {file}", *self._usage(), str(verified)]
+        self._bus.emit(
+            RunFinished(step=state.step, weights=file, verified=str(verified), lines=lines)
+        )
+
+    def _usage(self) -> list[str]:
+        base = self._config.model.pretrained_model_name_or_path or self._family.checkpoint.label
+        return [
+            "use them:",
+            "  from diffusers import DiffusionPipeline",
+            f'  pipe = DiffusionPipeline.from_pretrained("{base}")',
+            f'  pipe.load_lora_weights("{self._folder.root}", weight_name="{LORA_FILE}")',
+        ]
+
+
+def flat(config: Config) -> Mapping[str, Any]:
+    """Every setting with a value, by the user's keys."""
+    sections = config.model_dump(mode="json", exclude_none=True)
+    return {key: value for section in sections.values() for key, value in section.items()}

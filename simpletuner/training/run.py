@@ -1,0 +1,111 @@
+"""A run, from its settings to the saved LoRA, in one straight line."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from simpletuner.adapters.method import method_of
+from simpletuner.adapters.weights import Weights
+from simpletuner.core.seeds import Seeds
+from simpletuner.core.types import Place
+from simpletuner.data.plan import BatchPlan
+from simpletuner.data.source import DataSource
+from simpletuner.models.loading import open_family
+from simpletuner.optim.build import build_optimizer
+from simpletuner.precision.dtypes import base_dtype, run_dtype
+from simpletuner.precision.fit import fit
+from simpletuner.runtime.runtime import Runtime
+from simpletuner.training.checkpoint import Checkpointer
+from simpletuner.training.control import Control
+from simpletuner.training.precompute import precompute, vae_place
+from simpletuner.training.prefetch import Prefetcher
+from simpletuner.training.report import Report
+from simpletuner.training.state import TrainState
+from simpletuner.training.stepper import Stepper
+from simpletuner.training.timetable import Timetable
+from simpletuner.training.trainer import Trainer
+from simpletuner.validation.prompts import Prompts
+from simpletuner.validation.validator import Validator
+
+if TYPE_CHECKING:
+    from simpletuner.config.root import Config
+    from simpletuner.core.events import Bus
+    from simpletuner.core.files import RunFolder
+    from simpletuner.data.settings import Datasets
+
+
+def train(config: Config, datasets: Datasets, folder: RunFolder, bus: Bus) -> Path:
+    """Train as `config` says and leave the result in `folder`.
+
+    Returns:
+        The weights a user loads elsewhere.
+
+    Raises:
+        SimpleTunerError: Of the kind that failed; what was saved before stays.
+    """
+    with Control() as control:
+        return _train(config, datasets, folder, bus, control)
+
+
+def _train(
+    config: Config, datasets: Datasets, folder: RunFolder, bus: Bus, control: Control
+) -> Path:
+    # 1. the machine and the randomness
+    place = Runtime.start(run_dtype(config.precision)).place
+    seeds = Seeds(config.runtime.seed)
+    # 2. the data and the model, and everything that text encoders and VAE have to do
+    root = config.cache.root(folder.root)
+    found = [
+        DataSource.open(entry, index_folder=root / "index", bus=bus) for entry in datasets.training
+    ]
+    family = open_family(config.model, digests=root / "digests.json")
+    prompts = Prompts.of(config.validation)
+    caches = precompute(
+        family, found, prompts, datasets.text_embeds, config.cache, seeds, place, bus
+    )
+    # 3. the plan: which samples each step sees, and when the run ends
+    plan = BatchPlan.of(
+        caches.sources,
+        train_batch_size=config.schedule.train_batch_size,
+        gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
+        seeds=seeds,
+        world=place.world,
+    )
+    timetable = Timetable.of(config.schedule, config.validation, plan.windows_per_epoch)
+    # 4. the denoiser with what trains on it
+    denoiser = family.open_denoiser(Place(place.device, base_dtype(config.precision)))
+    seeds.reseed_torch("adapter")
+    method = method_of(config.adapter.model_type, config.adapter.lora_type)
+    trainable = method.load()(denoiser, family, config.adapter)
+    fit(denoiser, config.precision)
+    weights = Weights(trainable, build_optimizer(config.optimizer, trainable.groups(), seeds))
+    # 5. where the run stands
+    state = TrainState(plan.fingerprint, seeds.seed, torch.get_num_threads())
+    report = Report(config, family, folder, bus)
+    limit = config.schedule.checkpoints_total_limit
+    saver = Checkpointer(folder, state, weights, limit, report.metadata, bus)
+    resumed = saver.resume(
+        config.schedule.resume_from_checkpoint, on_data_change=config.schedule.on_data_change
+    )
+    report.started(caches.sources, plan, timetable, state, trainable, place, resumed)
+    # 6. the loop
+    stepper = Stepper.of(
+        place, family, weights, config.diffusion, config.optimizer, timetable.total_steps, seeds
+    )
+    vae_dtype = vae_place(config.cache, place).dtype
+    validator = Validator(
+        family, weights, caches, prompts, config.validation, seeds.seed, folder, place, vae_dtype, bus
+    )
+    duties = {"checkpoint": saver.save, "validate": lambda state: validator.sample(state.step)}
+    prefetching = closing(Prefetcher(plan, caches, place.rank, timetable.total_steps))
+    with control.deferred(), closing(caches), prefetching as prefetcher:
+        Trainer(stepper, plan, prefetcher, timetable, duties, control, bus).run(state)
+    # 7. the result, read back by the stock loader before we call it one
+    with weights.at("eval"):
+        (file,) = trainable.export(folder.root, report.metadata(state))
+        report.finished(state, file, trainable.verify(file))
+    return file

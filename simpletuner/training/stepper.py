@@ -1,0 +1,162 @@
+"""One optimizer step: draw, predict, loss, backward, clip, update. B batch, C channels, H W size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from simpletuner.diffusion.losses import LOSSES
+from simpletuner.diffusion.noise import noise_for
+from simpletuner.diffusion.objective import objective_of
+from simpletuner.diffusion.timesteps import quantiles
+from simpletuner.optim.schedules import learning_rate
+
+if TYPE_CHECKING:
+    from simpletuner.adapters.weights import Weights
+    from simpletuner.core.seeds import Seeds
+    from simpletuner.core.types import Batch, Draw, Place, PlannedBatch
+    from simpletuner.diffusion.objective import Objective
+    from simpletuner.diffusion.settings import DiffusionSettings
+    from simpletuner.models.family import Family
+    from simpletuner.optim.settings import OptimizerSettings
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """How gradients are bounded before the update; 0 leaves them alone and only measures them."""
+
+    method: str
+    limit: float
+
+    def __call__(self, parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+        """Bound the gradients in place; returns their global L2 norm before that, 0-dim."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.limit and self.method == "norm":
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.limit, norm)
+        elif self.limit:
+            torch.nn.utils.clip_grad_value_(parameters, self.limit)
+        return norm
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step left on the device; read it one step later, when that costs no wait.
+
+    Args:
+        loss: Mean loss over the window, 0-dim.
+        grad_norm: Global norm before clipping, 0-dim.
+        lr: The learning rate used.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Optimises one window at a time; a pure function of the weights, the window and the step."""
+
+    place: Place
+    family: Family
+    weights: Weights
+    objective: Objective
+    loss: Loss
+    clip: Clip
+    learning_rate: Callable[[int], float]
+    seeds: Seeds
+
+    @classmethod
+    def of(
+        cls,
+        place: Place,
+        family: Family,
+        weights: Weights,
+        diffusion: DiffusionSettings,
+        optimizer: OptimizerSettings,
+        total_steps: int,
+        seeds: Seeds,
+    ) -> Stepper:
+        """The stepper of `family` as the settings want it."""
+        rate = partial(
+            learning_rate,
+            optimizer.lr_scheduler,
+            total=total_steps,
+            base=optimizer.learning_rate,
+            warmup=optimizer.lr_warmup_steps,
+            end=optimizer.lr_end,
+            power=optimizer.lr_power,
+            cycles=optimizer.lr_num_cycles,
+        )
+        return cls(
+            place=place,
+            family=family,
+            weights=weights,
+            objective=objective_of(family.prediction_type, family.checkpoint.scheduler_config),
+            loss=LOSSES[diffusion.loss_type].load(),
+            clip=Clip(optimizer.grad_clip_method, optimizer.max_grad_norm),
+            learning_rate=rate,
+            seeds=seeds,
+        )
+
+    def step(self, step: int, window: Sequence[tuple[PlannedBatch, Batch]]) -> Outcome:
+        """Train on the window of optimizer step `step` (0-based)."""
+        optimizer = self.weights.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        total: Tensor | None = None
+        for micro, (planned, batch) in enumerate(window):
+            share = self.micro_loss(step, micro, planned, batch)
+            share.backward()
+            total = share.detach() if total is None else total + share.detach()
+        assert total is not None, "a window has at least one batch"
+        parameters = list(self.weights.trainable.parameters().values())
+        norm = self.clip(parameters)
+        lr = self.learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        optimizer.step()
+        return Outcome(total, norm, lr)
+
+    def micro_loss(self, step: int, micro: int, planned: PlannedBatch, batch: Batch) -> Tensor:
+        """The share of one micro-batch in the window's mean loss, 0-dim, with its graph.
+
+        Sums the samples' losses by their plan weights and divides by the samples of the whole
+        window, so that the gradients of all micro-batches add up to the exact mean.
+        """
+        batch, draw = self.draw(step, planned, batch)
+        self.seeds.reseed_torch("step", step, micro, self.place.rank)
+        with self._autocast():
+            prediction = self.weights.trainable.predict(self.family, draw, batch)
+        per_sample = self.loss(prediction.float(), draw.target) * draw.weight
+        weights = torch.tensor(planned.weights).to(self.place.device)
+        return (per_sample * weights).sum() * (self.place.world / planned.window_samples)
+
+    def draw(self, step: int, planned: PlannedBatch, batch: Batch) -> tuple[Batch, Draw]:
+        """The batch on its device and its random corruption, drawn on the CPU and copied."""
+        u = quantiles(self.seeds, step, planned.window_samples)[list(planned.positions)]
+        shape = tuple(batch.latents.shape[1:])
+        noise = noise_for(batch.samples, planned.epoch, shape, self.seeds)
+        batch = batch.to(self.place)
+        noise = noise.to(self.place.device, non_blocking=True)
+        return batch, self.objective.draw(batch.latents, self.objective.timesteps(u), noise)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        """Autocast for one forward: a longer block would keep stale copies of the adapters."""
+        if self.place.dtype == torch.float32 or self.place.device.type == "meta":
+            return nullcontext()
+        return torch.autocast(self.place.device.type, self.place.dtype)
+
+
+def gradients(weights: Weights) -> Iterator[tuple[str, Tensor | None]]:
+    """Name and gradient of everything that trains."""
+    for name, parameter in weights.trainable.parameters().items():
+        yield name, parameter.grad

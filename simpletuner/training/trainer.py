@@ -1,0 +1,154 @@
+"""The loop: one window, one optimizer step, then what is due."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from simpletuner.core.errors import Interrupted
+from simpletuner.core.events import Bus, StepDone
+from simpletuner.training.guards import LearningGuard, explain_not_finite
+
+if TYPE_CHECKING:
+    from simpletuner.data.plan import BatchPlan
+    from simpletuner.training.control import Control
+    from simpletuner.training.prefetch import Prefetcher, Window
+    from simpletuner.training.state import TrainState
+    from simpletuner.training.stepper import Outcome, Stepper
+    from simpletuner.training.timetable import Timetable
+
+Duty = Callable[["TrainState"], object]
+
+
+class _Reading:
+    """A step's numbers on their way to the CPU; reading them later costs no wait on a GPU."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        numbers = torch.stack([outcome.loss.float(), outcome.grad_norm.float()])
+        self._done: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            pinned = torch.empty(2, pin_memory=True)
+            numbers = pinned.copy_(numbers, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+        self._numbers = numbers
+
+    def read(self) -> tuple[float, float]:
+        """(loss, gradient norm)."""
+        if self._done is not None:
+            self._done.synchronize()
+        loss, norm = self._numbers.tolist()
+        return loss, norm
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step that was taken and not told yet."""
+
+    step: int
+    lr: float
+    reading: _Reading
+    window: Window
+    seconds: float
+    epoch: int
+
+
+class Trainer:
+    """Runs a plan through a stepper; duties are called with the state after a step."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        plan: BatchPlan,
+        prefetcher: Prefetcher,
+        timetable: Timetable,
+        duties: Mapping[str, Duty],
+        control: Control,
+        bus: Bus,
+    ) -> None:
+        self._stepper, self._plan, self._prefetcher = stepper, plan, prefetcher
+        self._timetable, self._duties = timetable, duties
+        self._control, self._bus = control, bus
+
+    def run(self, state: TrainState) -> None:
+        """Train from `state.step` to the timetable's end.
+
+        Raises:
+            Interrupted: Asked to leave; a checkpoint of the last step is on disk.
+            TrainingError: A guard spoke.
+        """
+        guard = LearningGuard(self._stepper.weights)
+        told: _Taken | None = None
+        while state.step < self._timetable.total_steps:
+            # 1. the window, read ahead by the prefetcher
+            began = time.perf_counter()
+            window = self._prefetcher.window(state.step)
+            # 2. one optimizer step
+            outcome = self._stepper.step(state.step, window)
+            guard.watch()
+            taken = _Taken(
+                state.step, outcome.lr, _Reading(outcome), window, 0.0, self._plan.epoch(state.step)
+            )
+            # 3. tell the step before, whose numbers have arrived by now
+            self._tell(told)
+            told = self._timed(taken, began)
+            # 4. count
+            self._count(state, window)
+            # 5. what is due, and leaving cleanly; nothing is saved on top of an unread loss
+            due = self._timetable.due(state.step)
+            if due or self._control.leave is not None:
+                self._tell(told)
+                told = None
+                self._do(due, state)
+            if self._control.leave is not None and state.step < self._timetable.total_steps:
+                self._leave(state, saved="checkpoint" in due)
+        self._tell(told)
+
+    def _timed(self, taken: _Taken, began: float) -> _Taken:
+        seconds = time.perf_counter() - began
+        return _Taken(taken.step, taken.lr, taken.reading, taken.window, seconds, taken.epoch)
+
+    def _count(self, state: TrainState, window: Window) -> None:
+        state.epoch = self._plan.epoch(state.step)
+        state.samples_seen += window[0][0].window_samples
+        state.step += 1
+
+    def _tell(self, taken: _Taken | None) -> None:
+        if taken is None:
+            return
+        loss, norm = taken.reading.read()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise explain_not_finite(self._stepper, taken.step, taken.window)
+        self._bus.emit(
+            StepDone(
+                step=taken.step + 1,
+                total_steps=self._timetable.total_steps,
+                epoch=taken.epoch + 1,
+                loss=loss,
+                lr=taken.lr,
+                grad_norm=norm,
+                seconds=taken.seconds,
+                samples=taken.window[0][0].window_samples,
+            )
+        )
+
+    def _do(self, due: tuple[str, ...], state: TrainState) -> None:
+        for duty in due:
+            self._duties[duty](state)
+
+    def _leave(self, state: TrainState, *, saved: bool) -> None:
+        if not saved:
+            self._duties["checkpoint"](state)
+        number = self._control.leave or signal.SIGINT
+        raise Interrupted(
+            number,
+            f"stopped by {signal.Signals(number).name} after step {state.step} of"
+            f" {self._timetable.total_steps}; it is saved",
+            fix="start it again with the same command: it resumes where it stopped",
+        )

@@ -1,0 +1,1 @@
+"""Pictures and scores that show whether a run learns."""

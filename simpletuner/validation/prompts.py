@@ -1,0 +1,80 @@
+"""What validation renders: named prompts, the negative prompt, and every text that must be cached."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from simpletuner.validation.settings import ValidationSettings
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and the name its pictures carry."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """All prompts of a run, in the order they are rendered."""
+
+    entries: tuple[Prompt, ...]
+    negative: str
+
+    @classmethod
+    def of(cls, settings: ValidationSettings) -> Prompts:
+        """The unconditional one (unless disabled), the user's library, then validation_prompt.
+
+        Raises:
+            ConfigError: The library cannot be read.
+        """
+        if settings.validation_disable:
+            return cls((), settings.validation_negative_prompt)
+        entries = []
+        if not settings.validation_disable_unconditional:
+            entries.append(Prompt("unconditional", ""))
+        if settings.user_prompt_library:
+            entries += read_library(Path(settings.user_prompt_library))
+        if settings.validation_prompt:
+            entries.append(Prompt("validation", settings.validation_prompt))
+        return cls(tuple(entries), settings.validation_negative_prompt)
+
+    def captions(self) -> list[str]:
+        """Every text to encode, once each."""
+        if not self.entries:
+            return []
+        return sorted({self.negative, *(entry.text for entry in self.entries)})
+
+
+def read_library(path: Path) -> list[Prompt]:
+    """The prompts of a library: ``{"name": "text"}`` or ``{"name": {"prompt": "text"}}``.
+
+    Raises:
+        ConfigError: Not there, not JSON, or an entry without a text; names it.
+    """
+    try:
+        library: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"user_prompt_library: {path} cannot be read: {error.strerror}",
+            fix="cp config/user_prompt_library.json.example config/user_prompt_library.json",
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"user_prompt_library: {path} is not JSON: {error}") from error
+    if not isinstance(library, dict):
+        raise ConfigError(f"user_prompt_library: {path} must hold one object of name: prompt")
+    return [Prompt(name, _text(path, name, entry)) for name, entry in library.items()]
+
+
+def _text(path: Path, name: str, entry: object) -> str:
+    text = entry.get("prompt") or entry.get("caption") if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise ConfigError(f'user_prompt_library: {path}: {name!r} needs a text or {{"prompt": …}}')
+    return text

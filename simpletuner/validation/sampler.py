@@ -1,0 +1,85 @@
+"""One picture from the stock pipeline on cached text conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from simpletuner.core.types import Embeds, Place
+    from simpletuner.models.family import Family
+
+
+@dataclass(frozen=True)
+class Shot:
+    """What is asked of the pipeline for one picture; sizes in px."""
+
+    width: int
+    height: int
+    seed: int
+    guidance: float
+    num_inference_steps: int
+
+
+class Sampler:
+    """The stock pipeline around the live denoiser; held open for one round of pictures."""
+
+    def __init__(self, pipe: Any, family: Family, place: Place) -> None:
+        self._pipe, self._family, self._place = pipe, family, place
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The scheduler's class and configuration."""
+        scheduler = self._pipe.scheduler
+        return {"class": type(scheduler).__name__, **dict(scheduler.config)}
+
+    def picture(self, shot: Shot, embeds: Embeds, negative: Embeds) -> Image:
+        """Render one picture; the noise is drawn on the CPU from the shot's seed, as the stock
+        pipeline does with such a generator.
+        """
+        arguments = self._family.sampler_arguments(
+            self._move(embeds), self._move(negative), shot.width, shot.height
+        )
+        with torch.no_grad(), self._autocast():
+            image: Image = self._pipe(
+                **arguments,
+                guidance_scale=shot.guidance,
+                num_inference_steps=shot.num_inference_steps,
+                generator=torch.Generator("cpu").manual_seed(shot.seed),
+            ).images[0]
+        return image
+
+    def _move(self, embeds: Embeds) -> dict[str, Tensor]:
+        return {
+            name: value.to(self._place.device, self._place.dtype)
+            for name, value in embeds.items()
+            if not isinstance(value, tuple)
+        }
+
+    def _autocast(self) -> Any:
+        if self._place.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self._place.device.type, self._place.dtype)
+
+
+@contextmanager
+def open_sampler(
+    family: Family, denoiser: nn.Module, vae_dtype: torch.dtype, place: Place
+) -> Iterator[Sampler]:
+    """A Sampler with the VAE loaded; frees it afterwards."""
+    vae = family.open_vae(place.device, vae_dtype)
+    pipe = family.open_sampler(denoiser, vae)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield Sampler(pipe, family, place)
+    finally:
+        del pipe, vae
+        if place.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,87 @@
+"""A stepper on the tiny SDXL with made-up batches. B batch, h w latent cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simpletuner.adapters.lora import attach
+from simpletuner.adapters.settings import AdapterSettings
+from simpletuner.adapters.weights import Weights
+from simpletuner.core.seeds import Seeds
+from simpletuner.core.types import Batch, Geometry, Place, PlannedBatch, Sample
+from simpletuner.diffusion.settings import DiffusionSettings
+from simpletuner.optim.build import build_optimizer
+from simpletuner.optim.settings import OptimizerSettings
+from simpletuner.training.stepper import Stepper
+from tests.unit.models.test_sdxl import CPU, open_tiny
+
+SEEDS = Seeds(7)
+
+
+def build_stepper(
+    model: Path,
+    place: Place = CPU,
+    base: torch.dtype = torch.float32,
+    adapter: dict[str, Any] | None = None,
+    **optimizer: Any,
+) -> Stepper:
+    """The stepper `training.run` would build, on `place`."""
+    family = open_tiny(model)
+    SEEDS.reseed_torch("adapter")
+    denoiser = family.open_denoiser(Place(torch.device("cpu"), base))
+    settings = AdapterSettings(**{"lora_rank": 4, "lora_alpha": 6, **(adapter or {})})
+    trainable = attach(denoiser, family, settings)
+    denoiser.to(place.device)
+    chosen = OptimizerSettings(**{"learning_rate": 1e-3, "lr_scheduler": "constant", **optimizer})
+    weights = Weights(trainable, build_optimizer(chosen, trainable.groups(), SEEDS))
+    return Stepper.of(place, family, weights, DiffusionSettings(), chosen, 10, SEEDS)
+
+
+def make_batch(*numbers: int, width: int = 64, height: int = 96) -> Batch:
+    """One sample per number; everything about it follows from the number."""
+    latents, prompts, pooled = [], [], []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        latents.append(torch.randn(4, height // 8, width // 8, generator=generator))
+        prompts.append(torch.randn(77, 64, generator=generator))
+        pooled.append(torch.randn(32, generator=generator))
+    geometry = Geometry((width, height), (width, height), (0, 0, width, height))
+    samples = tuple(Sample(f"{n:032x}", "set", f"{n}.png", "a", geometry) for n in numbers)
+    embeds = {"prompt_embeds": torch.stack(prompts), "pooled_prompt_embeds": torch.stack(pooled)}
+    return Batch(torch.stack(latents), embeds, samples)
+
+
+def window_of(*batches: Batch) -> list[tuple[PlannedBatch, Batch]]:
+    """Batches as one accumulation window of one process."""
+    total = sum(len(batch.samples) for batch in batches)
+    window, position = [], 0
+    for batch in batches:
+        count = len(batch.samples)
+        planned = PlannedBatch(
+            source=0,
+            rows=tuple(range(count)),
+            occurrences=(0,) * count,
+            weights=(1.0,) * count,
+            positions=tuple(range(position, position + count)),
+            window_samples=total,
+            epoch=0,
+        )
+        window.append((planned, batch))
+        position += count
+    return window
+
+
+def gradients_of(
+    stepper: Stepper, window: Sequence[tuple[PlannedBatch, Batch]]
+) -> dict[str, torch.Tensor]:
+    """The gradients of one window, nothing clipped or updated."""
+    parameters = stepper.weights.trainable.parameters()
+    for parameter in parameters.values():
+        parameter.grad = None
+    for micro, (planned, batch) in enumerate(window):
+        stepper.micro_loss(0, micro, planned, batch).backward()
+    return {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}

@@ -1,0 +1,138 @@
+"""One optimizer step against diffusers' own scheduler, torch's own arithmetic, and the meta device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from simpletuner.core.types import Place
+from simpletuner.diffusion.noise import noise_for
+from simpletuner.diffusion.timesteps import quantiles
+from tests.unit.training.builds import SEEDS, build_stepper, gradients_of, make_batch, window_of
+
+
+def test_the_loss_is_that_of_a_reference_written_with_diffusers_alone(
+    tiny_sdxl: Path, tiny_sdxl_v: Path
+) -> None:
+    for folder, kind in ((tiny_sdxl, "epsilon"), (tiny_sdxl_v, "v_prediction")):
+        batch = make_batch(1, 2, 3)
+        ours = build_stepper(folder).step(4, window_of(batch)).loss
+
+        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        t = (quantiles(SEEDS, 4, 3) * 1000).long()
+        noise = noise_for(batch.samples, 0, (4, 12, 8), SEEDS)
+        noisy = scheduler.add_noise(batch.latents, noise, t)
+        target = noise
+        if kind == "v_prediction":
+            target = scheduler.get_velocity(batch.latents, noise, t)
+        sizes = torch.tensor([[96.0, 64.0, 0.0, 0.0, 96.0, 64.0]] * 3)
+        with torch.no_grad():
+            answer = unet(
+                noisy,
+                t,
+                encoder_hidden_states=batch.embeds["prompt_embeds"],
+                added_cond_kwargs={
+                    "text_embeds": batch.embeds["pooled_prompt_embeds"],
+                    "time_ids": sizes,
+                },
+            ).sample
+        reference = torch.nn.functional.mse_loss(answer, target)
+        assert ours.item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+def test_unequal_batches_of_a_window_give_the_gradient_of_their_exact_mean(
+    tiny_sdxl: Path,
+) -> None:
+    stepper = build_stepper(tiny_sdxl)
+    together = gradients_of(stepper, window_of(make_batch(1, 2, 3)))
+    apart = gradients_of(stepper, window_of(make_batch(1, 2), make_batch(3)))
+    for name, gradient in together.items():
+        assert torch.allclose(gradient, apart[name], atol=1e-6, rtol=1e-4), name
+
+
+def test_a_ghost_sample_weighs_nothing(tiny_sdxl: Path) -> None:
+    stepper = build_stepper(tiny_sdxl)
+    ((planned, batch),) = window_of(make_batch(1))
+    ghost = planned.__class__(
+        source=0,
+        rows=(0, 0),
+        occurrences=(0, 0),
+        weights=(1.0, 0.0),
+        positions=(0, 0),
+        window_samples=1,
+        epoch=0,
+    )
+    alone = gradients_of(stepper, [(planned, batch)])
+    haunted = gradients_of(stepper, [(ghost, make_batch(1, 1))])
+    for name, gradient in alone.items():
+        assert torch.allclose(gradient, haunted[name], atol=1e-6, rtol=1e-4), name
+
+
+def test_gradients_are_clipped_by_their_global_norm(tiny_sdxl: Path) -> None:
+    window = window_of(make_batch(1, 2))
+    free = build_stepper(tiny_sdxl, max_grad_norm=0)
+    norm = torch.cat([g.flatten() for g in gradients_of(free, window).values()]).norm()
+    bound = build_stepper(tiny_sdxl, max_grad_norm=norm.item() / 10)
+    outcome = bound.step(0, window)
+    assert outcome.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+    left = [p.grad.flatten() for p in bound.weights.trainable.parameters().values()]
+    assert torch.cat(left).norm().item() == pytest.approx(norm.item() / 10, rel=1e-4)
+
+
+def test_gradients_are_clipped_by_value(tiny_sdxl: Path) -> None:
+    stepper = build_stepper(tiny_sdxl, max_grad_norm=1e-6, grad_clip_method="value")
+    stepper.step(0, window_of(make_batch(1, 2)))
+    parameters = stepper.weights.trainable.parameters().values()
+    assert max(p.grad.abs().max().item() for p in parameters) == pytest.approx(1e-6)
+
+
+def test_dropout_is_a_function_of_the_step_alone(tiny_sdxl: Path) -> None:
+    window = window_of(make_batch(1, 2))
+    stepper = build_stepper(tiny_sdxl, adapter={"lora_dropout": 0.5})
+    for parameter in stepper.weights.trainable.parameters().values():
+        torch.nn.init.constant_(parameter, 0.05)
+
+    def loss(step: int) -> float:
+        return stepper.micro_loss(step, 0, *window[0]).item()
+
+    first = loss(0)
+    torch.manual_seed(999)
+    assert loss(0) == first
+    assert loss(1) != first
+
+
+def test_mixed_precision_learns_and_keeps_the_adapters_fp32(tiny_sdxl: Path) -> None:
+    place = Place(torch.device("cpu"), torch.bfloat16)
+    stepper = build_stepper(tiny_sdxl, place, torch.bfloat16, learning_rate=1e-2)
+    window = window_of(make_batch(1, 2))
+    losses = [stepper.step(0, window).loss.item() for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.01
+    parameters = stepper.weights.trainable.parameters().values()
+    assert {p.dtype for p in parameters} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_sdxl: Path) -> None:
+    window = window_of(make_batch(1, 2))
+    stepper = build_stepper(tiny_sdxl, adapter={"lora_dropout": 0.1})
+    plain = gradients_of(stepper, window)
+    stepper.weights.trainable.denoiser.enable_gradient_checkpointing()
+    again = gradients_of(stepper, window)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["adamw_bf16", "torch-adamw"])
+def test_a_whole_step_runs_on_the_meta_device(
+    tiny_sdxl: Path, dtype: torch.dtype, optimizer: str
+) -> None:
+    """A CPU tensor that meets the model raises there, and so does every look at a value."""
+    place = Place(torch.device("meta"), dtype)
+    stepper = build_stepper(tiny_sdxl, place, dtype, optimizer=optimizer)
+    outcome = stepper.step(0, window_of(make_batch(1, 2), make_batch(3)))
+    assert outcome.loss.device.type == "meta"
+    parameters = stepper.weights.trainable.parameters().values()
+    assert all(p.grad is not None and p.grad.device.type == "meta" for p in parameters)
