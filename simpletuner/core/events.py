@@ -196,7 +196,7 @@ class Bus:
         self.emit(Notice(level=level, text=text))
 
     def close(self, timeout: float = 10.0) -> None:
-        """Let every sink drain its queue and close; a stuck one is left behind after `timeout` s."""
+        """Let every sink drain its queue and close; leaves a stuck one behind after `timeout` s."""
         for worker in self._workers:
             worker.queue.put(None)
         for worker in self._workers:

@@ -102,7 +102,7 @@ def safe_join(root: Path, relative: str) -> Path:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of ours so that a kill in between never leaves a half one that looks whole."""
+    """Remove a folder of ours; a kill in between never leaves a half one that looks whole."""
     doomed = folder.with_name(f"{folder.name}.removing")
     if doomed.exists():
         shutil.rmtree(doomed)

@@ -42,8 +42,10 @@ class Seeds:
         return torch.Generator("cpu").manual_seed(self.key(purpose, *parts) >> 1)
 
     def reseed_torch(self, purpose: str, *parts: Part) -> None:
-        """Reseed torch's global generators, for libraries that draw from nothing else (dropout in
-        adapters, stochastic rounding, adapter initialisation). The only place that does so."""
+        """Reseed torch's global generators; the only place that does so.
+
+        For libraries that draw from nothing else: dropout in adapters, their initialisation.
+        """
         import torch
 
         torch.manual_seed(self.key(purpose, *parts) >> 1)

@@ -1,0 +1,1 @@
+"""Settings files, the command line and the environment, read into one configuration."""

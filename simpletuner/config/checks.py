@@ -1,0 +1,189 @@
+"""What no single setting can tell: contradictions, and files that are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner.config.flat import SETTINGS, build_section, settings_of
+from simpletuner.config.read import SECRET, looks_secret
+from simpletuner.config.source import Given
+from simpletuner.core.errors import ConfigError, Problem, did_you_mean
+from simpletuner.core.table import Row
+from simpletuner.models.families import FAMILIES
+from simpletuner.optim.optimizers import OPTIMIZERS, numbers
+from simpletuner.optim.schedules import SCHEDULES
+
+LEAST_PX, MOST_PX = 32, 8192
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings that are valid one by one.
+
+    Args:
+        values: Every setting by its key, given or default; a required one that is absent is not in.
+        given: What the user wrote, by key.
+    """
+
+    values: Mapping[str, Any]
+    given: Mapping[str, Given]
+
+    def says(self, key: str) -> Any:
+        """The value the user gave for `key`, None without one."""
+        return self.values.get(key) if key in self.given else None
+
+    def problem(self, key: str, message: str) -> Problem:
+        """`message` about `key`, with its line where the user gave it."""
+        return self.given[key].problem(message) if key in self.given else Problem(message, key=key)
+
+
+Check = Callable[[Proposal], Iterator[Problem]]
+
+
+def flavour_of_family(run: Proposal) -> Iterator[Problem]:
+    """A flavour is one of the family's."""
+    family, flavour = run.values.get("model_family", ""), run.says("model_flavour")
+    if family not in FAMILIES or not flavour:
+        return
+    flavours = FAMILIES[family].fact("flavours", ())
+    if flavours and flavour not in flavours:
+        near = did_you_mean(flavour, flavours)
+        yield run.problem(
+            "model_flavour",
+            f"{family} has no flavour {flavour!r}{near or '; it has ' + ', '.join(flavours)}",
+        )
+
+
+def one_base_model(run: Proposal) -> Iterator[Problem]:
+    """A flavour and a path both name the base weights; a single file's flavour, its configs."""
+    flavour, path = run.says("model_flavour"), run.says("pretrained_model_name_or_path")
+    if flavour and path and not path.endswith(".safetensors"):
+        yield run.problem(
+            "model_flavour",
+            f"{flavour} and pretrained_model_name_or_path {path} both name the base model; "
+            f"remove pretrained_model_name_or_path to train {flavour}, or model_flavour to train "
+            f"{path}",
+        )
+
+
+def prompt_library_exists(run: Proposal) -> Iterator[Problem]:
+    """The file of more prompts is there."""
+    path = run.says("user_prompt_library")
+    if path is not None and not Path(path).is_file():
+        written = run.given["user_prompt_library"].value
+        yield run.problem(
+            "user_prompt_library",
+            f"{written} does not exist; an example to start from: "
+            "cp config/user_prompt_library.json.example config/user_prompt_library.json",
+        )
+
+
+def rate_falls(run: Proposal) -> Iterator[Problem]:
+    """A schedule that falls ends below where it starts."""
+    schedule, start, end = (run.values[key] for key in ("lr_scheduler", "learning_rate", "lr_end"))
+    falls = schedule in SCHEDULES and SCHEDULES[schedule].fact("falls", False)
+    if falls and end >= start:
+        key = "lr_end" if "lr_end" in run.given else "learning_rate"
+        yield run.problem(
+            key,
+            f"lr_scheduler {schedule} falls from learning_rate ({start:g}) to lr_end ({end:g}), so "
+            "lr_end must be the smaller one",
+        )
+
+
+def warmup_is_taken(run: Proposal) -> Iterator[Problem]:
+    """Warm-up steps are asked of a schedule that has some."""
+    schedule, steps = run.values["lr_scheduler"], run.says("lr_warmup_steps")
+    if steps and schedule in SCHEDULES and not SCHEDULES[schedule].fact("warmup", True):
+        yield run.problem(
+            "lr_warmup_steps",
+            f"lr_scheduler {schedule} has no warm-up; set lr_scheduler to {schedule}_with_warmup, "
+            "or remove lr_warmup_steps",
+        )
+
+
+def optimizer_takes_its_numbers(run: Proposal) -> Iterator[Problem]:
+    """The optimizer has what adam_* and optimizer_beta* set, and optimizer_config agrees."""
+    values = run.values
+    name, config = values["optimizer"], values["optimizer_config"]
+    row = OPTIMIZERS.get(name) if name in OPTIMIZERS else None
+    if row is None or row.pending or any(True for _ in options_of_row(run)):
+        return
+    betas = (values["optimizer_beta1"], values["optimizer_beta2"])
+    try:
+        numbers(
+            name,
+            betas=None if None in betas else betas,
+            weight_decay=values["adam_weight_decay"],
+            eps=values["adam_epsilon"],
+            config=config,
+        )
+    except ConfigError as error:
+        for problem in error.problems:
+            yield run.problem(problem.key, problem.message)
+
+
+def validation_sizes_fit(run: Proposal) -> Iterator[Problem]:
+    """Validation pictures have a size that can be rendered."""
+    for width, height in run.values["validation_resolution"]:
+        if min(width, height) < LEAST_PX or max(width, height) > MOST_PX:
+            yield run.problem(
+                "validation_resolution",
+                f"{width}x{height} cannot be rendered; edges of {LEAST_PX} to {MOST_PX} px can",
+            )
+
+
+def options_of_row(run: Proposal) -> Iterator[Problem]:
+    """``optimizer_config`` and its kin hold what the chosen row takes."""
+    for key, setting in SETTINGS.items():
+        table, options = setting.hint.table, f"{key}_config"
+        chosen = str(run.values.get(key))
+        if table is None or not run.says(options) or chosen not in table:
+            continue
+        row = table[chosen]
+        if row.options is not None:
+            yield from _wrong_options(run, options, row)
+        elif not row.pending:
+            yield run.problem(options, f"{chosen} has no options of its own; remove it")
+
+
+def _wrong_options(run: Proposal, key: str, row: Row) -> Iterator[Problem]:
+    assert row.options is not None
+    given, known = run.given[key], settings_of(row.options)
+    values: Mapping[str, Any] = run.values[key]
+    for name in values:
+        if name not in known:
+            near = did_you_mean(name, known) or f"; it has {', '.join(known)}"
+            yield given.problem(f"{row.name} has no such option{near}", inside=(name,))
+    inner = {name: given.part(name) for name in values if name in known}
+    usable = {name: value for name, value in values.items() if name in known}
+    yield from build_section(row.options, usable, inner)[1]
+
+
+def no_secrets(run: Proposal) -> Iterator[Problem]:
+    """Access tokens do not stand in settings."""
+    for given in run.given.values():
+        if looks_secret(given.value):
+            yield given.problem(f"looks like an access token; {SECRET}")
+
+
+CHECKS: tuple[Check, ...] = (
+    flavour_of_family,
+    one_base_model,
+    prompt_library_exists,
+    rate_falls,
+    warmup_is_taken,
+    validation_sizes_fit,
+    options_of_row,
+    optimizer_takes_its_numbers,
+    no_secrets,
+)
+
+
+def contradictions(run: Proposal) -> Iterator[Problem]:
+    """Everything the checks find."""
+    for check in CHECKS:
+        yield from check(run)

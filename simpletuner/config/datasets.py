@@ -1,0 +1,284 @@
+"""The datasets file: its entries, with inherited values, defaults and placeholders filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from simpletuner.cache.settings import CacheSettings
+from simpletuner.config.flat import (
+    Setting,
+    build_section,
+    by_name,
+    read_values,
+    settings_of,
+    waiting,
+)
+from simpletuner.config.json_lines import JsonObject, parse_json
+from simpletuner.config.places import fill, locate
+from simpletuner.config.read import SECRET, looks_secret, object_keys
+from simpletuner.config.renames import DATASET_RENAMES
+from simpletuner.config.source import Given, read_text, shown
+from simpletuner.config.values import read_value
+from simpletuner.core.errors import ConfigError, Problem
+from simpletuner.data.settings import (
+    Datasets,
+    DatasetSettings,
+    DataSettings,
+    EntrySettings,
+    TextEmbedsSettings,
+    contradictions,
+    inherit,
+    inherit_text_embeds,
+)
+
+PICTURES = settings_of(DatasetSettings)
+TEXT_EMBEDS = settings_of(TextEmbedsSettings)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the datasets file is read in.
+
+    Args:
+        data: What holds for every dataset.
+        cache: Where caches are, unless an entry says otherwise.
+        given: What the user wrote in the settings, by key.
+        model_family: Of the run; empty while it is not known.
+        output_dir: Of the run.
+        environ: The environment variables.
+        cwd: What relative paths start from.
+        example: The folder of the shipped example that the file belongs to.
+    """
+
+    data: DataSettings
+    cache: CacheSettings
+    given: Mapping[str, Given]
+    model_family: str
+    output_dir: Path
+    environ: Mapping[str, str]
+    cwd: Path
+    example: Path | None = None
+
+
+@dataclass
+class DatasetsFile:
+    """What was found in a datasets file.
+
+    Args:
+        path: The file.
+        name: What messages call it.
+    """
+
+    path: Path
+    name: str
+    training: list[DatasetSettings] = field(default_factory=list)
+    text_embeds: list[tuple[TextEmbedsSettings, Mapping[str, Given]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    pending: list[Problem] = field(default_factory=list)
+
+    def problem(self, message: str, line: int | None = None, key: str = "") -> None:
+        """Note `message` as a Problem of the file."""
+        self.problems.append(Problem(message, key=key, file=self.name, line=line))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object of the file: its place in the list (from 1), its line, its keys."""
+
+    number: int
+    line: int
+    given: tuple[Given, ...]
+
+
+def read_datasets(path: Path, around: Surroundings) -> tuple[DatasetsFile, Datasets | None]:
+    """Read `path`; None instead of the datasets if something is wrong with them."""
+    found = DatasetsFile(path, shown(path, around.cwd))
+    try:
+        entries = list(_entries(parse_json(read_text(path, found.name), found.name), found.name))
+    except ConfigError as error:
+        found.problems += error.problems
+        return found, None
+    enabled = [entry for entry in entries if not _is_disabled(entry)]
+    for entry in enabled:
+        _read_entry(entry, found, around)
+    _check_ids(enabled, found)
+    if not found.problems and not found.training:
+        off = " that is not disabled" if len(enabled) < len(entries) else ""
+        found.problem(f"no dataset of pictures{off}; one entry needs an instance_data_dir")
+    text_embeds = _choose_text_embeds(found, around)
+    _check_folders(found, text_embeds)
+    if found.problems:
+        return found, None
+    return found, Datasets(tuple(found.training), text_embeds)
+
+
+def _entries(tree: Any, name: str) -> Iterator[Entry]:
+    """The objects of the file's list."""
+    if not isinstance(tree, list) or not all(isinstance(item, JsonObject) for item in tree):
+        message = "must be a list of objects, one for each dataset: [ { … }, { … } ]"
+        raise ConfigError(problems=[Problem(message, file=name, line=1)])
+    if not tree:
+        raise ConfigError(problems=[Problem("lists no dataset", file=name, line=1)])
+    problems: list[Problem] = []
+    entries = []
+    for number, item in enumerate(tree, start=1):
+        try:
+            entries.append(Entry(number, item.line, object_keys(item, name)))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems=problems)
+    yield from entries
+
+
+def _value_of(entry: Entry, key: str) -> Any:
+    """The value of `key` in an entry under any of its names, None without it."""
+    named = by_name(entry.given, EVERY_KEY, [], DATASET_RENAMES)
+    if key not in named:
+        return None
+    return read_value(named[key], EVERY_KEY[key].kind)[0]
+
+
+EVERY_KEY: Mapping[str, Setting] = {**TEXT_EMBEDS, **PICTURES}
+"""The keys of any entry."""
+
+
+def _is_disabled(entry: Entry) -> bool:
+    return _value_of(entry, "disabled") is True
+
+
+def _read_entry(entry: Entry, found: DatasetsFile, around: Surroundings) -> None:
+    """Add what one entry says to `found`."""
+    for_text = _value_of(entry, "dataset_type") == "text_embeds"
+    known = TEXT_EMBEDS if for_text else PICTURES
+    given = by_name(entry.given, known, found.problems, DATASET_RENAMES)
+    found.problems += [
+        item.problem(f"looks like an access token; {SECRET}")
+        for item in given.values()
+        if looks_secret(item.value)
+    ]
+    values = read_values(given, known, found.notes)
+    _fill(values, given, known, found, around)
+    section: type[EntrySettings] = TextEmbedsSettings if for_text else DatasetSettings
+    built, problems = build_section(section, values, given)
+    found.problems += [_placed(problem, entry, found.name) for problem in problems]
+    found.pending += waiting([built], given)
+    if isinstance(built, TextEmbedsSettings):
+        found.text_embeds.append((built, given))
+    elif isinstance(built, DatasetSettings):
+        _add_pictures(built, entry, given, found, around)
+
+
+def _placed(problem: Problem, entry: Entry, name: str) -> Problem:
+    """`problem` with the entry's line where it has none: a key that is missing."""
+    if problem.line:
+        return problem
+    return Problem(f"(entry {entry.number}) {problem.message}", problem.key, name, entry.line)
+
+
+def _fill(
+    values: dict[str, Any],
+    given: Mapping[str, Given],
+    known: Mapping[str, Setting],
+    found: DatasetsFile,
+    around: Surroundings,
+) -> None:
+    """Fill placeholders in, and put paths where they start from."""
+    names = {"output_dir": str(around.output_dir), "id": str(values.get("id", ""))}
+    if around.model_family:
+        names["model_family"] = around.model_family
+    for key, value in values.items():
+        if not isinstance(value, str):
+            continue
+        text, missing = fill(value, names if key != "id" else {}, around.environ)
+        for name in missing:
+            message = f"the environment variable {name} is not set"
+            found.problems.append(given[key].problem(message))
+        is_path = known[key].hint.path
+        values[key] = str(locate(text, around.cwd, around.example)) if is_path else text
+
+
+def _add_pictures(
+    built: DatasetSettings,
+    entry: Entry,
+    given: Mapping[str, Given],
+    found: DatasetsFile,
+    around: Surroundings,
+) -> None:
+    """Add one set of pictures, with what it inherits."""
+    cache = around.cache
+    dataset = inherit(
+        built,
+        around.data,
+        vae_root=cache.vae_root(around.output_dir, around.model_family),
+        vae_cache_ondemand=cache.vae_cache_ondemand,
+        vae_cache_disable=cache.vae_cache_disable,
+        vae_batch_size=cache.vae_batch_size,
+        write_batch_size=cache.write_batch_size,
+    )
+    for key, message in contradictions(dataset):
+        subject = given.get(key) or around.given.get(key)
+        if subject:
+            found.problems.append(subject.problem(message))
+        else:
+            found.problem(f"(entry {entry.number}) {message}", entry.line, key)
+    folder = dataset.instance_data_dir
+    if folder is not None and not folder.is_dir():
+        found.notes.append(f"dataset {dataset.id}: {shown(folder, around.cwd)} does not exist yet")
+    found.training.append(dataset)
+
+
+def _check_ids(entries: Iterable[Entry], found: DatasetsFile) -> None:
+    """Every id stands once."""
+    seen: dict[str, Given] = {}
+    for entry in entries:
+        for item in entry.given:
+            if item.key.lstrip("-").lower() != "id" or not isinstance(item.value, str):
+                continue
+            first = seen.setdefault(item.value, item)
+            if first is not item:
+                found.problems.append(
+                    item.problem(f"{item.value!r} is the id of the entry on line {first.line} too")
+                )
+
+
+def _choose_text_embeds(found: DatasetsFile, around: Surroundings) -> TextEmbedsSettings:
+    """The entry that says ``default: true``, else the first, else one with defaults."""
+    chosen = [(e, given) for e, given in found.text_embeds if "default" in given and e.default]
+    for _, given in chosen[1:]:
+        first = chosen[0][1]["default"]
+        found.problems.append(given["default"].problem(f"is true on {first.place} already"))
+    candidates = chosen or found.text_embeds
+    entry = candidates[0][0] if candidates else TextEmbedsSettings(id="text-embeds")
+    found.notes += [
+        f"text_embeds entry {other.id} is not used; {entry.id} keeps all captions"
+        for other, _ in found.text_embeds
+        if other is not entry and len(chosen) < 2
+    ]
+    return inherit_text_embeds(
+        entry,
+        text_root=around.cache.text_root(around.output_dir, around.model_family),
+        text_encoder_batch_size=around.cache.text_encoder_batch_size,
+        write_batch_size=around.cache.write_batch_size,
+    )
+
+
+def _check_folders(found: DatasetsFile, text_embeds: TextEmbedsSettings) -> None:
+    """No two caches share a folder."""
+    owners: dict[Path, str] = {}
+    if text_embeds.cache_dir is not None:
+        owners[text_embeds.cache_dir] = text_embeds.id
+    for dataset in found.training:
+        if dataset.cache_dir_vae is None:
+            continue
+        owner = owners.setdefault(dataset.cache_dir_vae, dataset.id)
+        if owner != dataset.id:
+            found.problem(
+                f"datasets {owner} and {dataset.id} share the folder {dataset.cache_dir_vae}; give "
+                "each its own",
+                key="cache_dir_vae",
+            )

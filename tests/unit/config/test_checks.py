@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.config.workplace import Workplace
+
+
+def test_a_flavour_is_one_of_the_family(place: Workplace) -> None:
+    place.config(model_flavour="3.5-large")
+
+    assert place.messages() == [
+        "model_flavour: sdxl has no flavour '3.5-large'; it has base-1.0, refiner-1.0, base-0.9, "
+        "refiner-0.9"
+    ]
+
+
+def test_a_flavour_and_a_path_are_a_choice(place: Workplace) -> None:
+    place.config(model_flavour="base-1.0", pretrained_model_name_or_path="owner/name")
+
+    assert place.messages() == [
+        "model_flavour: base-1.0 and pretrained_model_name_or_path owner/name both name the base "
+        "model; remove pretrained_model_name_or_path to train base-1.0, or model_flavour to train "
+        "owner/name"
+    ]
+
+
+def test_a_prompt_library_that_is_not_there_comes_with_the_line_that_makes_it(
+    place: Workplace,
+) -> None:
+    place.config(user_prompt_library="config/user_prompt_library.json")
+
+    assert place.messages() == [
+        "user_prompt_library: config/user_prompt_library.json does not exist; an example to start "
+        "from: cp config/user_prompt_library.json.example config/user_prompt_library.json"
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial"])
+def test_a_falling_schedule_ends_below_its_start(place: Workplace, schedule: str) -> None:
+    place.config(lr_scheduler=schedule, learning_rate=1e-5, lr_end=1e-5)
+
+    assert place.messages() == [
+        f"lr_end: lr_scheduler {schedule} falls from learning_rate (1e-05) to lr_end (1e-05), so "
+        "lr_end must be the smaller one"
+    ]
+
+
+def test_a_constant_schedule_has_no_end_to_fit(place: Workplace) -> None:
+    place.config(lr_scheduler="constant", learning_rate=1e-8)
+
+    assert place.messages() == []
+
+
+def test_validation_pictures_have_a_size_that_can_be_rendered(place: Workplace) -> None:
+    place.config(validation_resolution="16x1024,1024")
+
+    assert place.messages() == [
+        "validation_resolution: 16x1024 cannot be rendered; edges of 32 to 8192 px can"
+    ]
+
+
+def test_several_processes_are_refused_with_what_to_do_instead(place: Workplace) -> None:
+    place.config(num_processes=3)
+
+    (message,) = place.messages()
+
+    assert "training in several processes is not built yet" in message
+    assert "multiply gradient_accumulation_steps by 3" in message
+
+
+def test_one_beta_alone_is_refused(place: Workplace) -> None:
+    place.config('{"model_family": "sdxl",\n"optimizer_beta1": 0.9}')
+
+    (problem,) = place.problems()
+
+    assert (problem.key, problem.line) == ("optimizer_beta1", 2)
+    assert "optimizer_beta1 and optimizer_beta2 come together" in problem.message
+
+
+def test_options_of_the_optimizer_are_checked(place: Workplace) -> None:
+    place.config(
+        '{"model_family": "sdxl", "optimizer": "torch-adamw",\n"optimizer_config": {\n'
+        '"weight_dekay": 0.1,\n"eps": -1}}'
+    )
+
+    assert [(p.line, p.key, p.message) for p in place.problems()] == [
+        (
+            3,
+            "optimizer_config.weight_dekay",
+            "torch-adamw has no such option; did you mean weight_decay?",
+        ),
+        (4, "optimizer_config.eps", "must be more than 0, got -1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"hub_model_id": "hf_" + "a" * 34}, "hub_model_id"),
+        ({"webhook_config": {"key": "sk-" + "a" * 30}}, "webhook_config"),
+    ],
+)
+def test_what_looks_like_a_token_is_refused(
+    place: Workplace, settings: dict[str, object], key: str
+) -> None:
+    place.config(**settings)
+
+    assert place.messages() == [
+        f"{key}: looks like an access token; secrets do not belong in settings: log in (`hf auth "
+        "login`, `wandb login`), or export it in the shell as an environment variable"
+    ]
+
+
+def test_a_warmup_is_refused_where_the_schedule_has_none(place: Workplace) -> None:
+    place.config(lr_scheduler="constant", lr_warmup_steps=100)
+
+    assert place.messages() == [
+        "lr_warmup_steps: lr_scheduler constant has no warm-up; set lr_scheduler to "
+        "constant_with_warmup, or remove lr_warmup_steps"
+    ]
+
+
+def test_an_optimizer_is_not_given_numbers_it_does_not_have(place: Workplace) -> None:
+    place.config(optimizer="optimi-lion", adam_epsilon=1e-8)
+
+    assert place.messages() == ["adam_epsilon: optimi-lion has no eps; remove it"]
+
+
+def test_optimizer_config_and_adam_weight_decay_do_not_disagree(place: Workplace) -> None:
+    place.config(
+        optimizer="torch-adamw", adam_weight_decay=0.1, optimizer_config={"weight_decay": 0.2}
+    )
+
+    assert place.messages() == [
+        "adam_weight_decay: is 0.1 here and 0.2 in optimizer_config; remove one"
+    ]
+
+
+def test_a_single_files_flavour_says_whose_configs_it_has(place: Workplace) -> None:
+    place.config(
+        model_flavour="refiner-1.0", pretrained_model_name_or_path="models/refiner.safetensors"
+    )
+
+    assert place.messages() == []

@@ -1,0 +1,85 @@
+"""The settings of a dataset: what it inherits, what contradicts, what it may be called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from simpletuner.data.settings import DatasetSettings, DataSettings, contradictions, inherit
+
+
+def picture_set(**keys: Any) -> DatasetSettings:
+    return DatasetSettings(**{"id": "a", "instance_data_dir": "pictures", **keys})
+
+
+def resolved(data: DataSettings | None = None, **keys: Any) -> DatasetSettings:
+    return inherit(picture_set(**keys), data or DataSettings(), vae_root=Path("vae"))
+
+
+def test_other_spellings_in_a_dataset_mean_the_same() -> None:
+    entry = picture_set(
+        caption_strategy="instance_prompt", crop_style="centre", metadata_backend="json"
+    )
+    assert entry.caption_strategy == "instanceprompt"
+    assert entry.crop_style == "center"
+    assert entry.metadata_backend == "discovery"
+
+
+def test_a_dataset_inherits_what_it_does_not_say() -> None:
+    data = DataSettings(resolution=512, caption_strategy="textfile", caption_dropout_probability=0)
+    settings = resolved(data, caption_strategy="filename", caption_dropout_probability=0.1)
+    assert settings.resolution == 512
+    assert settings.caption_strategy == "filename"
+    assert settings.caption_dropout_probability == 0.1
+    assert settings.cache_dir_vae == Path("vae/a")
+
+
+def test_either_place_turns_caching_off() -> None:
+    entry = picture_set(vae_cache_ondemand=True)
+    settings = inherit(entry, DataSettings(), vae_root=Path("vae"), vae_cache_disable=True)
+    assert settings.vae_cache_ondemand
+    assert settings.vae_cache_disable
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "says"),
+    [
+        ({"maximum_image_size": 1024}, "maximum_image_size", "needs target_downsample_size"),
+        ({"resolution_type": "area"}, "resolution", "counts megapixels"),
+        ({"resolution": 1.0}, "resolution", "counts px"),
+        ({"caption_strategy": "instanceprompt"}, "caption_strategy", "needs instance_prompt"),
+        ({"prepend_instance_prompt": True}, "prepend_instance_prompt", "needs instance_prompt"),
+        (
+            {"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1},
+            "minimum_aspect_ratio",
+            "is above maximum_aspect_ratio",
+        ),
+    ],
+)
+def test_contradictions_in_a_dataset_are_named(keys: dict[str, Any], key: str, says: str) -> None:
+    [(found, sentence)] = contradictions(resolved(**keys))
+    assert found == key
+    assert says in sentence
+
+
+def test_a_dataset_of_pictures_needs_a_folder() -> None:
+    with pytest.raises(ValidationError, match="instance_data_dir is missing"):
+        DatasetSettings(id="a")
+
+
+@pytest.mark.parametrize("name", ["train", "training_state", "a/b", "..", "a\\b", "train.v1 ä"])
+def test_any_dataset_id_gives_a_folder_of_its_own_inside_the_cache(name: str) -> None:
+    folder = resolved(id=name).cache_dir_vae
+    assert folder is not None
+    assert folder.parent == Path("vae")
+    assert folder.name not in ("", ".", "..")
+    assert folder != resolved(id="a_b").cache_dir_vae
+
+
+@pytest.mark.parametrize("name", ["", "a\nb"])
+def test_a_dataset_needs_an_id_on_one_line(name: str) -> None:
+    with pytest.raises(ValidationError):
+        picture_set(id=name)
