@@ -1,0 +1,1 @@
+"""Receivers of a run's events, one file each."""
