@@ -1,0 +1,90 @@
+"""``simpletuner train``: from the arguments to a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpletuner.apps.cli import log_to
+from simpletuner.config.load import Loaded, load
+from simpletuner.core.errors import ConfigError, DataError, SimpleTunerError
+from simpletuner.core.events import Bus, RunFailed
+from simpletuner.core.extras import require
+from simpletuner.core.files import RunFolder
+
+HELP = """\
+usage: simpletuner train [--config PATH | --env NAME | --example NAME] [--key value …]
+
+Trains what the settings describe. Every setting may be given as --key value, --key=value or
+key=value, and then wins over the environment, which wins over the file. `simpletuner options`
+lists them.
+
+  --config PATH   a settings file (.json, .toml or .env), or the folder it is in
+  --env NAME      config/NAME/, as ENV=NAME does
+  --example NAME  an example that the product ships, as ENV=examples/NAME does
+  without any     config/config.json, .toml or .env, or the same beside you
+
+exit code: 0 trained; 2 settings, 3 data, 4 cache, 5 model, 6 missing package, 7 training, 8 upload;
+           130 or 143 stopped and saved; 1 anything else, with a traceback in the log file
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train what the settings that `arguments` name describe."""
+    if {"-h", "--help"} & set(arguments):
+        print(HELP, end="")
+        return 0
+    loaded = load(arguments, os.environ, Path.cwd())
+    _refuse_pending(loaded)
+    _refuse_missing_folders(loaded)
+    for name, value in loaded.exports.items():
+        os.environ.setdefault(name, value)  # a shell-syntax file's exports; the shell's own win
+    folder = _open_folder(loaded.config.runtime.output_dir)
+    log_to(folder.log)
+    _train(loaded, folder)
+    return 0
+
+
+def _refuse_pending(loaded: Loaded) -> None:
+    if loaded.pending:
+        raise ConfigError(
+            problems=loaded.pending, fix="remove these settings; `simpletuner check` shows the rest"
+        )
+
+
+def _refuse_missing_folders(loaded: Loaded) -> None:
+    missing = [
+        f"{entry.id}: instance_data_dir {entry.instance_data_dir} does not exist"
+        for entry in loaded.datasets.training
+        if not Path(entry.instance_data_dir).is_dir()
+    ]
+    if missing:
+        raise DataError("\n".join(missing), fix="correct the path, or set the entry disabled: true")
+
+
+def _open_folder(output_dir: str | Path) -> RunFolder:
+    root = Path(output_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {root} cannot be made: {error.strerror}") from None
+    return RunFolder(root)
+
+
+def _train(loaded: Loaded, folder: RunFolder) -> None:
+    from simpletuner.tracking.build import build_sinks
+
+    bus = Bus(build_sinks(loaded.config.tracking, folder))
+    try:
+        for note in loaded.notes:
+            bus.notice(note)
+        require("torch", extra="train", why="training")
+        from simpletuner.training.run import train
+
+        train(loaded.config, loaded.datasets, folder, bus)
+    except SimpleTunerError as error:
+        bus.emit(RunFailed(message=error.message, exit_code=error.exit_code))
+        raise
+    finally:
+        bus.close()
