@@ -1,5 +1,8 @@
-"""LoRA files: the diffusers layout, with rank and alpha in the header where the stock loader reads
-them (without that header it takes alpha = rank and is wrong in silence)."""
+"""LoRA files in the diffusers layout.
+
+Rank and alpha stand in the header, where the stock loader reads them: without it, it takes alpha =
+rank and is wrong in silence.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def header(path: Path) -> dict[str, str]:
 
 
 def adapter_metadata(path: Path) -> dict[str, Any] | None:
-    """peft's description of the adapter, as the stock pipelines pass it on; None if absent."""
+    """Peft's description of the adapter, as the stock pipelines pass it on; None if absent."""
     found = header(path).get(_HEADER)
     return json.loads(found) if found else None
 

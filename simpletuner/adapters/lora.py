@@ -195,7 +195,9 @@ class LoRA:
             weight = loaded[_CHECK].weight
             if not torch.equal(weight.cpu(), filed.to(weight.dtype)):
                 return float("inf")
-        mine_a, mine_b = (x[_ADAPTER].weight.detach().float().cpu() for x in (mine.lora_A, mine.lora_B))
+        mine_a, mine_b = (
+            x[_ADAPTER].weight.detach().float().cpu() for x in (mine.lora_A, mine.lora_B)
+        )
         trained = mine_b.flatten(1) @ mine_a.flatten(1) * mine.scaling[_ADAPTER]
         reloaded = b.float().flatten(1) @ a.float().flatten(1) * other.scaling[_CHECK]
         scale = max(trained.abs().max().item(), 1e-12)

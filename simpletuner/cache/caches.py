@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from simpletuner.core.types import Batch
 
 if TYPE_CHECKING:
+    import torch
+
     from simpletuner.cache.latents import LatentCache
     from simpletuner.cache.text import TextCache
     from simpletuner.core.seeds import Seeds
@@ -45,6 +47,11 @@ class Caches:
     def embeds(self, captions: Sequence[str]) -> Embeds:
         """The conditioning of captions that were prepared, [B, …]."""
         return self.text.embeds(captions)
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """What the VAE runs in."""
+        return self.latents.dtype
 
     def close(self) -> None:
         """Let the VAE go, and seal what was encoded on demand."""

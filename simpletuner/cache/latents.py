@@ -63,6 +63,11 @@ class LatentCache:
         self._model = family.fingerprint("vae")
         self._vae: Any = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the VAE runs in."""
+        return self._place.dtype
+
     # --- before training -------------------------------------------------------------------------
 
     def prepare(self, sources: Sequence[DataSource], bus: Bus) -> tuple[DataSource, ...]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from simpletuner.core.files import safe_name
 from simpletuner.core.section import Section, setting
 from simpletuner.data.captions import CAPTION_STRATEGIES
 
@@ -31,9 +32,7 @@ MetadataBackend = Annotated[
     Literal["discovery", "parquet", "huggingface", "webshart"], BeforeValidator(_one_spelling)
 ]
 Storage = Literal["local", "aws", "csv", "huggingface", "webshart"]
-DatasetId = Annotated[
-    str, Field(min_length=1, max_length=100, pattern=r"^[^/\\\x00]*[^/\\\x00.]+[^/\\\x00]*$")
-]
+DatasetId = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")]
 
 
 class PictureSettings(Section):
@@ -387,7 +386,7 @@ def inherit(
     """
     wider: dict[str, Any] = {name: data.__dict__[name] for name in INHERITED}
     wider |= {
-        "cache_dir_vae": vae_root / entry.id,
+        "cache_dir_vae": vae_root / safe_name(entry.id),
         "vae_batch_size": vae_batch_size,
         "write_batch_size": write_batch_size,
     }

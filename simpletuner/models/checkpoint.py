@@ -1,12 +1,12 @@
-"""One checkpoint on this machine: a diffusers folder, or a single file with such a folder's configs."""
+"""A checkpoint on this machine: a diffusers folder, or one file and such a folder's configs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,9 @@ from simpletuner.core.files import content_digest, read_json, sha256_file, write
 
 if TYPE_CHECKING:
     import torch
+
+CONFIGS = (".json", ".txt", ".model")
+"""Besides weights, what a part's folder holds: its config, or a tokenizer's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Checkpoint:
         file: A single ``.safetensors`` file with all weights, or None.
         variant: ``fp16`` and the like, part of the weights' file names.
         vae: Another checkpoint's folder to take the VAE from, or None.
-        digests: A file that remembers digests by path, size and time, so that gigabytes are read once.
+        digests: A file that remembers digests by path, size and time: gigabytes are read once.
     """
 
     label: str
@@ -49,12 +52,12 @@ class Checkpoint:
         found: Mapping[str, Any] = read_json(self.folder / "scheduler" / "scheduler_config.json")
         return found
 
-    def scheduler(self) -> Any:
-        """A fresh instance of the checkpoint's own scheduler."""
+    def scheduler(self, **changes: Any) -> Any:
+        """A fresh instance of the checkpoint's own scheduler, with `changes` to its config."""
         import diffusers
 
         cls = getattr(diffusers, self.scheduler_config["_class_name"])
-        return cls.from_config(dict(self.scheduler_config))
+        return cls.from_config(dict(self.scheduler_config), **changes)
 
     def open_pipeline(self, name: str, *, without: Iterable[str], dtype: torch.dtype) -> Any:
         """The stock pipeline `name` without some of its parts.
@@ -65,25 +68,12 @@ class Checkpoint:
         import diffusers
 
         cls = getattr(diffusers, name)
-        absent: dict[str, None] = dict.fromkeys(without)
-        try:
-            if self.file is not None:
-                return cls.from_single_file(
-                    str(self.file),
-                    config=str(self.folder),
-                    dtype=dtype,
-                    local_files_only=True,
-                    **absent,
-                )
-            return cls.from_pretrained(
-                self.folder,
-                dtype=dtype,
-                variant=self.variant,
-                local_files_only=True,
-                **absent,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unreadable(name, error) from error
+        options = {"dtype": dtype, "local_files_only": True, **dict.fromkeys(without)}
+        if self.file is not None:
+            file, configs = str(self.file), str(self.folder)
+            return self._read(name, lambda: cls.from_single_file(file, config=configs, **options))
+        options |= {"variant": self.variant, "use_safetensors": True}
+        return self._read(name, lambda: cls.from_pretrained(self.folder, **options))
 
     def open_part(self, part: str, dtype: torch.dtype) -> Any:
         """One component (``unet``, ``vae``, …) in `dtype`, on the CPU.
@@ -91,73 +81,102 @@ class Checkpoint:
         Raises:
             ModelError: It is missing or cannot be read.
         """
+        return self._read(part, lambda: self._open_part(part, dtype))
+
+    def _open_part(self, part: str, dtype: torch.dtype) -> Any:
         import diffusers
 
-        elsewhere = self.vae if part == "vae" else None
-        folder = elsewhere or self.folder
-        subfolder = part if (folder / part).is_dir() else None
-        try:
-            if elsewhere is not None:
-                cls = diffusers.AutoencoderKL
-            else:
-                cls = getattr(diffusers, self.index[part][1])
-            if self.file is not None and elsewhere is None:
-                return cls.from_single_file(
-                    str(self.file),
-                    config=str(self.folder),
-                    subfolder=part,
-                    dtype=dtype,
-                    local_files_only=True,
-                )
-            return cls.from_pretrained(
-                folder,
-                subfolder=subfolder,
-                dtype=dtype,
-                variant=None if elsewhere else self.variant,
-                local_files_only=True,
+        elsewhere = part == "vae" and self.vae is not None
+        name = "AutoencoderKL" if elsewhere else self.index[part][1]
+        cls, folder = getattr(diffusers, name), self._part_folder(part)
+        options = {"dtype": dtype, "local_files_only": True}
+        if self.file is not None and not elsewhere:
+            return cls.from_single_file(
+                str(self.file), config=str(self.folder), subfolder=part, **options
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._unreadable(part, error) from error
+        chosen = {_variant(path) for path in self._weights(folder)}
+        variant = self.variant if self.variant in chosen else None
+        return cls.from_pretrained(folder, variant=variant, use_safetensors=True, **options)
 
-    def _unreadable(self, part: str, error: Exception) -> ModelError:
+    def _read(self, what: str, call: Callable[[], Any]) -> Any:
+        """What `call` opens, every weight filled; what goes wrong becomes a ModelError."""
+        from diffusers.loaders.single_file_utils import SingleFileComponentError
+        from safetensors import SafetensorError
+        from torch import nn
+
+        try:
+            opened = call()
+        except KeyError as error:
+            raise self._unreadable(what, f"{error} is not in it") from error
+        except NotImplementedError as error:  # it moves a module whose weights are on "meta"
+            raise self._unreadable(what, "some of its weights are missing") from error
+        except SingleFileComponentError as error:  # its further lines advise a programmer
+            raise self._unreadable(what, str(error).partition("\n")[0]) from error
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise self._unreadable(what, str(error)) from error
+        modules = [opened] if isinstance(opened, nn.Module) else opened.components.values()
+        for module in (m for m in modules if isinstance(m, nn.Module)):
+            empty = [name for name, weight in module.named_parameters() if weight.is_meta]
+            if empty:
+                raise self._unreadable(what, f"it lacks {len(empty)} weights, such as {empty[0]}")
+        return opened
+
+    def _unreadable(self, part: str, why: str) -> ModelError:
         return ModelError(
-            f"{self.label}: cannot open its {part}: {error}",
+            f"{self.label}: cannot open its {part}: {why}",
             fix="check that the checkpoint is complete and of the model_family you named",
         )
 
-    def digest(self, parts: Iterable[str]) -> str:
-        """32 hex digits over the configs and weights of `parts`."""
-        total = blake2b(digest_size=16)
-        for path in self._files(parts):
-            total.update(f"{path.name}:{self._file_digest(path)};".encode())
-        return total.hexdigest()
+    def variants(self) -> set[str | None]:
+        """The variants that some part's weights in the folder come in; None is the plain one."""
+        return {_variant(path) for path in self.folder.glob("*/*.safetensors")}
 
-    def _files(self, parts: Iterable[str]) -> list[Path]:
-        found: set[Path] = set()
-        for part in parts:
-            folder = self.folder / part
-            if part == "vae" and self.vae is not None:
-                folder = self.vae / part if (self.vae / part).is_dir() else self.vae
-            elif self.file is not None:
-                found.add(self.file)
-            if folder.is_dir():
-                found |= {p for p in folder.iterdir() if p.suffix != ".md" and p.is_file()}
-        return sorted(found)
+    def digest(self, parts: Iterable[str]) -> str:
+        """32 hex digits over the configs and weights of `parts`.
+
+        They follow what is read of the checkpoint: not its place, nor other files beside it.
+        """
+        lines = [
+            f"{part}/{'weights' if path == self.file else path.name}:{self._file_digest(path)};"
+            for part in parts
+            for path in self._files(part)
+        ]
+        return content_digest("".join(sorted(lines)).encode())
+
+    def _files(self, part: str) -> list[Path]:
+        """The configs and weights of `part`."""
+        folder = self._part_folder(part)
+        found = [p for p in folder.glob("*") if p.suffix in CONFIGS and ".index." not in p.name]
+        if self.file is None or folder != self.folder / part:
+            return found + self._weights(folder)
+        return [*found, self.file]
+
+    def _part_folder(self, part: str) -> Path:
+        if part != "vae" or self.vae is None:
+            return self.folder / part
+        return self.vae / part if (self.vae / part).is_dir() else self.vae
+
+    def _weights(self, folder: Path) -> list[Path]:
+        """A part's weights in `variant`; the plain ones, as in diffusers, where it has no such."""
+        files = list(folder.glob("*.safetensors"))
+        chosen = [path for path in files if _variant(path) == self.variant]
+        return chosen or [path for path in files if _variant(path) is None]
 
     def _file_digest(self, path: Path) -> str:
         target = path.resolve()
         if target.parent.name == "blobs" and len(target.name) == 64:
             return target.name  # the hub's cache names large files by their SHA-256
-        if self.digests is None or path.stat().st_size < 1 << 20:
-            return content_digest(path.read_bytes()) if path.suffix == ".json" else sha256_file(path)
+        if path.suffix != ".safetensors":
+            return content_digest(path.read_bytes())
         stat = target.stat()
         key = f"{target}:{stat.st_size}:{stat.st_mtime_ns}"
-        known = self._known_digests()
-        if key not in known:
-            known[key] = sha256_file(path)
-            write_json(self.digests, known)
-        return known[key]
+        if key not in self._known_digests:
+            self._known_digests[key] = sha256_file(path)
+            if self.digests is not None:
+                write_json(self.digests, self._known_digests)
+        return self._known_digests[key]
 
+    @cached_property
     def _known_digests(self) -> dict[str, str]:
         if self.digests is None or not self.digests.is_file():
             return {}
@@ -165,3 +184,9 @@ class Checkpoint:
             return dict(read_json(self.digests))
         except json.JSONDecodeError:
             return {}  # a memory only: what cannot be read is computed again
+
+
+def _variant(weights: Path) -> str | None:
+    """``fp16`` of ``model.fp16.safetensors`` and of ``model.fp16-00001-of-00002.safetensors``."""
+    pieces = re.sub(r"-\d{5}-of-\d{5}", "", weights.name).split(".")
+    return pieces[1] if len(pieces) > 2 else None

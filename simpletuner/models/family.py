@@ -96,9 +96,11 @@ class Family(ABC):
 
         cls = getattr(diffusers, self.pipeline)
         absent: dict[str, None] = dict.fromkeys(self.text_parts)
-        return cls(
-            **absent, **{self.denoiser: denoiser}, vae=vae, scheduler=self.checkpoint.scheduler()
-        )
+        return cls(**absent, **{self.denoiser: denoiser}, vae=vae, scheduler=self.scheduler())
+
+    def scheduler(self) -> Any:
+        """A fresh scheduler of the checkpoint's own kind, for what the denoiser really predicts."""
+        return self.checkpoint.scheduler(prediction_type=self.prediction_type)
 
     def fingerprint(self, part: str) -> str:
         """A digest of the weights and configuration that shape what is cached.
@@ -110,7 +112,7 @@ class Family(ABC):
 
     @property
     def prediction_type(self) -> str:
-        """The objective: the user's ``prediction_type``, else the scheduler's, else the family's."""
+        """The objective: what the user, else the scheduler, else the family says."""
         chosen = self.options.get("prediction_type")
         found: str = chosen or self.checkpoint.scheduler_config.get(
             "prediction_type", self.objective
@@ -141,7 +143,7 @@ class Family(ABC):
 
         Args:
             pixels: [B, 3, H, W] in [-1, 1].
-            generators: One CPU generator per picture, so that a latent does not depend on its batch.
+            generators: A CPU generator per picture: a latent does not depend on its batch.
 
         Returns:
             [B, C, H / factor, W / factor], fp32.
@@ -193,13 +195,13 @@ class Family(ABC):
     def sampler_arguments(
         self, embeds: Embeds, negative: Embeds, width: int, height: int
     ) -> dict[str, Any]:
-        """Arguments of the stock pipeline's ``__call__`` for cached conditioning and a size in px."""
+        """Arguments of the stock pipeline's ``__call__``; sizes in px."""
         negatives = {f"negative_{name}": value for name, value in negative.items()}
         return {**embeds, **negatives, "width": width, "height": height}
 
 
 def _normalisation(vae: Any, like: Tensor) -> tuple[Any, Any]:
-    """(shift, scale) of ``latent = (raw - shift) * scale``: numbers, or [1, C, 1, 1] per channel."""
+    """(shift, scale) of ``latent = (raw - shift) * scale``: numbers or [1, C, 1, 1]."""
     import torch
 
     config = vae.config

@@ -1,13 +1,15 @@
-"""From what the user named (hub id, folder, single file, flavour) to a checkpoint on this machine."""
+"""From what the user named (hub id, folder, file, flavour) to a checkpoint on this machine."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.errors import ConfigError, ModelError
-from simpletuner.models.checkpoint import Checkpoint
+from simpletuner.core.files import read_json
+from simpletuner.models.checkpoint import CONFIGS, Checkpoint
 from simpletuner.models.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -16,12 +18,21 @@ if TYPE_CHECKING:
 
 _WEIGHTS = (".safetensors",)
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_HOLDS = MappingProxyType(
+    {
+        "denoiser": ("model.diffusion_model.",),
+        "VAE": ("first_stage_model.", "vae."),
+        "text encoder": ("conditioner.", "cond_stage_model.", "text_encoders."),
+    }
+)
+"""What a whole model in one file holds, by how its tensors' names begin."""
 
 
 def open_family(settings: ModelSettings, *, digests: Path | None = None) -> Family:
     """The family of `settings` with its checkpoint, fetched if it is on the hub.
 
     Args:
+        settings: What the user named.
         digests: See Checkpoint.
 
     Raises:
@@ -37,6 +48,7 @@ def open_family(settings: ModelSettings, *, digests: Path | None = None) -> Fami
     name = settings.pretrained_model_name_or_path or cls.flavours[flavour].repo
     checkpoint = _resolve(name, cls.flavours[flavour].repo, settings, digests)
     _check_class(checkpoint, cls)
+    _check_weights(checkpoint)
     options = {
         "prediction_type": settings.prediction_type,
         "data_aesthetic_score": settings.data_aesthetic_score,
@@ -53,8 +65,8 @@ def _resolve(
         vae = _vae_folder(settings.pretrained_vae_model_name_or_path)
     rest = {"variant": settings.variant, "vae": vae, "digests": digests}
     if path.is_file():
-        file = _weights_file(path)
-        return Checkpoint(path.name, _configs(flavour_repo), file=file, **rest)  # type: ignore[arg-type]
+        _check_file(path, vae_elsewhere=vae is not None)
+        return Checkpoint(path.name, _configs(flavour_repo, path.name), file=path, **rest)  # type: ignore[arg-type]
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ModelError(
@@ -74,33 +86,76 @@ def _looks_like_path(name: str) -> bool:
     return name.count("/") != 1 or name[0] in "./~" or Path(name).suffix in _WEIGHTS + _PICKLES
 
 
-def _weights_file(path: Path) -> Path:
+def _check_file(path: Path, *, vae_elsewhere: bool) -> None:
+    """Refuse what is not a whole model in one safetensors file; reads its header only."""
     if path.suffix in _PICKLES:
         raise ModelError(
             f"{path.name} is a pickle, which can run code when it is opened",
             fix="convert it to .safetensors, or take the model's safetensors release",
         )
-    return path
+    if path.suffix not in _WEIGHTS:
+        raise ModelError(
+            f"{path.name} is not a .safetensors file",
+            fix="name a .safetensors file, a folder in diffusers layout, or a model of the hub",
+        )
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            names = list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path.name} cannot be read: {error}", fix="download it again: it may be incomplete"
+        ) from error
+    missing = [
+        what
+        for what, begins in _HOLDS.items()
+        if not any(name.startswith(begins) for name in names)
+        and not (what == "VAE" and vae_elsewhere)
+    ]
+    if missing and any("lora" in name for name in names):
+        raise ModelError(
+            f"{path.name} is a LoRA, not a model",
+            fix="name the model it was made for here, and the LoRA in init_lora",
+        )
+    if missing:
+        raise ModelError(
+            f"{path.name} is not a whole model: it has no {', no '.join(missing)}",
+            fix="name a checkpoint that has them all, or the folder if this is a part of one"
+            " (a VAE has its own setting, pretrained_vae_model_name_or_path)",
+        )
 
 
-def _configs(repo: str) -> Path:
+def _configs(repo: str, label: str) -> Path:
     """A folder with the configs and tokenizers (no weights) of `repo`, for a single file."""
     from huggingface_hub import snapshot_download
 
-    _first_file(repo, None)
-    return Path(
-        _ask_hub(
-            repo,
-            None,
-            lambda: snapshot_download(repo, allow_patterns=["**/*.json", "*.json", "**/*.txt"]),
+    try:
+        index = read_json(Path(_first_file(repo, None)))
+        parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+        wanted = [f"{part}/*{suffix}" for part in parts for suffix in CONFIGS]
+        return Path(
+            _ask_hub(
+                repo,
+                None,
+                lambda: snapshot_download(repo, allow_patterns=["model_index.json", *wanted]),
+            )
         )
-    )
+    except ModelError as error:
+        raise ModelError(
+            f"{label} needs the configs and tokenizers of {repo}: {error.message}", fix=error.fix
+        ) from error
 
 
 def _vae_folder(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise ModelError(
+            f"pretrained_vae_model_name_or_path: {path.name} is a file",
+            fix="name a folder in diffusers layout, or a VAE of the hub as owner/name",
+        )
     if _looks_like_path(name):
         raise ModelError(f"pretrained_vae_model_name_or_path: {name} does not exist")
     from huggingface_hub import snapshot_download
@@ -135,11 +190,11 @@ def fetch(repo: str, revision: str | None, variant: str | None) -> Path:
     )
 
 
-def _first_file(repo: str, revision: str | None) -> None:
+def _first_file(repo: str, revision: str | None) -> str:
     """Ask for the smallest file first: the hub's answer about it is the clear one."""
     from huggingface_hub import hf_hub_download
 
-    _ask_hub(
+    return _ask_hub(
         repo, revision, lambda: hf_hub_download(repo, "model_index.json", revision=revision)
     )
 
@@ -185,3 +240,22 @@ def _check_class(checkpoint: Checkpoint, cls: type[Family]) -> None:
             f"{checkpoint.label} is a {found}, not a model of the family {cls.name}",
             fix="set model_family to the checkpoint's family, or name another checkpoint",
         )
+
+
+def _check_weights(checkpoint: Checkpoint) -> None:
+    found, wanted = checkpoint.variants(), checkpoint.variant
+    if checkpoint.file is not None or wanted in found:
+        return
+    kinds = ", ".join(sorted(kind or "plain ones" for kind in found))
+    if None in found:
+        fix = "remove variant"
+    elif found:
+        fix = f"set variant to {' or '.join(sorted(str(kind) for kind in found))}"
+    else:
+        fix = "take a release of the model that has .safetensors files"
+    raise ModelError(
+        f"{checkpoint.label} has no {wanted or 'plain'} .safetensors weights, only {kinds}"
+        if found
+        else f"{checkpoint.label} has no .safetensors weights",
+        fix=fix,
+    )

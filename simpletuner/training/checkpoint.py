@@ -1,11 +1,11 @@
 """Checkpoints: complete or absent, verified before they are used, safetensors and JSON only.
 
-    checkpoint-N/
-      pytorch_lora_weights.safetensors   what the user loads elsewhere
-      trainable.safetensors              the same weights under their names, exactly as they train
-      optimizer.safetensors              the optimizer's tensors by parameter name
-      state.json                         step, epoch, samples, plan, versions
-      manifest.json                      size and SHA-256 of each file above; written last
+checkpoint-N/
+  pytorch_lora_weights.safetensors   what the user loads elsewhere
+  trainable.safetensors              the same weights under their names, exactly as they train
+  optimizer.safetensors              the optimizer's tensors by parameter name
+  state.json                         step, epoch, samples, plan, versions
+  manifest.json                      size and SHA-256 of each file above; written last
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DamagedCheckpoint(SimpleTunerError):
 
 
 def found_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint in `root`, newest first; unfinished ones are not among them."""
+    """(step, folder) of every checkpoint in `root`, newest first, without unfinished ones."""
     if not root.is_dir():
         return []
     matches = ((_NAME.fullmatch(p.name), p) for p in root.iterdir() if p.is_dir())
@@ -240,10 +240,9 @@ class Checkpointer:
             raise TrainingError(
                 f"{folder.name} holds other weights than these settings make:"
                 f" {len(wrong)} differ, for example {wrong[0]}",
-                fix="set lora_rank and peft_lora_target_modules back, or resume_from_checkpoint=none"
-                " with another output_dir",
+                fix="set lora_rank and peft_lora_target_modules back, or start over with"
+                " resume_from_checkpoint=none and another output_dir",
             )
         with torch.no_grad():
             for name, parameter in ours.items():
                 parameter.copy_(saved[name])
-

@@ -1,4 +1,4 @@
-"""What a run says of itself: the summary at its start, run.json, the weights' header, the last block."""
+"""What a run says of itself: its summary, run.json, the weights' header, the closing block."""
 
 from __future__ import annotations
 

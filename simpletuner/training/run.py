@@ -21,7 +21,7 @@ from simpletuner.precision.fit import fit
 from simpletuner.runtime.runtime import Runtime
 from simpletuner.training.checkpoint import Checkpointer
 from simpletuner.training.control import Control
-from simpletuner.training.precompute import precompute, vae_place
+from simpletuner.training.precompute import precompute
 from simpletuner.training.prefetch import Prefetcher
 from simpletuner.training.report import Report
 from simpletuner.training.state import TrainState
@@ -68,13 +68,8 @@ def _train(
         family, found, prompts, datasets.text_embeds, config.cache, seeds, place, bus
     )
     # 3. the plan: which samples each step sees, and when the run ends
-    plan = BatchPlan.of(
-        caches.sources,
-        train_batch_size=config.schedule.train_batch_size,
-        gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
-        seeds=seeds,
-        world=place.world,
-    )
+    shape = config.schedule.window_shape
+    plan = BatchPlan.of(caches.sources, **shape, seeds=seeds, world=place.world)
     timetable = Timetable.of(config.schedule, config.validation, plan.windows_per_epoch)
     # 4. the denoiser with what trains on it
     denoiser = family.open_denoiser(Place(place.device, base_dtype(config.precision)))
@@ -96,10 +91,7 @@ def _train(
     stepper = Stepper.of(
         place, family, weights, config.diffusion, config.optimizer, timetable.total_steps, seeds
     )
-    vae_dtype = vae_place(config.cache, place).dtype
-    validator = Validator(
-        family, weights, caches, prompts, config.validation, seeds.seed, folder, place, vae_dtype, bus
-    )
+    validator = Validator(family, weights, caches, prompts, config.validation, folder, place, bus)
     duties = {"checkpoint": saver.save, "validate": lambda state: validator.sample(state.step)}
     prefetching = closing(Prefetcher(plan, caches, place.rank, timetable.total_steps))
     with control.deferred(), closing(caches), prefetching as prefetcher:

@@ -1,4 +1,4 @@
-"""One optimizer step: draw, predict, loss, backward, clip, update. B batch, C channels, H W size."""
+"""One optimizer step: draw, predict, loss, backward, clip, update."""
 
 from __future__ import annotations
 

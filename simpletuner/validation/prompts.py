@@ -1,4 +1,4 @@
-"""What validation renders: named prompts, the negative prompt, and every text that must be cached."""
+"""What validation renders: named prompts, the negative prompt, every text to be cached."""
 
 from __future__ import annotations
 

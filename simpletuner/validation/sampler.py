@@ -41,8 +41,10 @@ class Sampler:
         return {"class": type(scheduler).__name__, **dict(scheduler.config)}
 
     def picture(self, shot: Shot, embeds: Embeds, negative: Embeds) -> Image:
-        """Render one picture; the noise is drawn on the CPU from the shot's seed, as the stock
-        pipeline does with such a generator.
+        """Render one picture.
+
+        The noise is drawn on the CPU from the shot's seed, as the stock pipeline does with such a
+        generator.
         """
         arguments = self._family.sampler_arguments(
             self._move(embeds), self._move(negative), shot.width, shot.height

@@ -1,4 +1,4 @@
-"""Validation pictures: made with the weights as they will be saved, reproducible from their JSON."""
+"""Validation pictures, made with the weights as they are saved; their JSON reproduces them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from simpletuner.core.files import RunFolder, safe_name, write_json, write_throu
 from simpletuner.validation.sampler import Sampler, Shot, open_sampler
 
 if TYPE_CHECKING:
-    import torch
-
     from simpletuner.adapters.weights import Weights
     from simpletuner.cache.caches import Caches
     from simpletuner.core.types import Place
@@ -28,21 +26,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Validator:
-    """Renders every prompt at every resolution.
-
-    Args:
-        seed: The run's seed, for a run without `validation_seed`.
-    """
+    """Renders every prompt at every resolution."""
 
     family: Family
     weights: Weights
     caches: Caches
     prompts: Prompts
     settings: ValidationSettings
-    seed: int
     folder: RunFolder
     place: Place
-    vae_dtype: torch.dtype
     bus: Bus
 
     def sample(self, step: int) -> list[Path]:
@@ -64,7 +56,7 @@ class Validator:
         denoiser = self.weights.trainable.denoiser
         with (
             self.weights.at("eval"),
-            open_sampler(self.family, denoiser, self.vae_dtype, self.place) as sampler,
+            open_sampler(self.family, denoiser, self.caches.vae_dtype, self.place) as sampler,
         ):
             return [
                 self._render(sampler, step, prompt, number, size)
@@ -80,7 +72,7 @@ class Validator:
         shot = Shot(
             width=size[0],
             height=size[1],
-            seed=(self.seed if chosen is None else chosen) + number,
+            seed=(self.caches.seeds.seed if chosen is None else chosen) + number,
             guidance=self.settings.validation_guidance,
             num_inference_steps=self.settings.validation_num_inference_steps,
         )

@@ -97,7 +97,7 @@ class SDXL(Family):
             **dict.fromkeys(self.text_parts),
             unet=denoiser,
             vae=vae,
-            scheduler=self.checkpoint.scheduler(),
+            scheduler=self.scheduler(),
             requires_aesthetics_score=True,
         )
 

@@ -22,7 +22,8 @@ from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
 try:
     family = open_family(ModelSettings(model_family="sdxl", **eval_free(sys.argv[1])))
-    print("opened", family.checkpoint.label, sorted(p.name for p in family.checkpoint.folder.iterdir()))
+    found = sorted(p.name for p in family.checkpoint.folder.iterdir())
+    print("opened", family.checkpoint.label, found)
 except SimpleTunerError as error:
     print("refused", error.exit_code, error)
 """.replace("eval_free(sys.argv[1])", "__import__('json').loads(sys.argv[1])")

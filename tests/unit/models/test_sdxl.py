@@ -134,3 +134,10 @@ def test_a_refiner_hears_the_aesthetic_score_and_renders(tmp_path: Path) -> None
     assert image.size == (96, 64)
     assert heard[-1].view(-1, 5)[-1][4] == 6.5
 
+
+def test_a_prediction_type_the_user_sets_reaches_the_sampler(tiny_sdxl: Path) -> None:
+    family = open_tiny(tiny_sdxl, prediction_type="v_prediction")
+    unet, vae = family.open_denoiser(CPU), family.open_vae(CPU.device, torch.float32)
+    assert family.open_sampler(unet, vae).scheduler.config.prediction_type == "v_prediction"
+    plain = open_tiny(tiny_sdxl)
+    assert plain.open_sampler(unet, vae).scheduler.config.prediction_type == "epsilon"

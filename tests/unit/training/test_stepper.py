@@ -1,4 +1,4 @@
-"""One optimizer step against diffusers' own scheduler, torch's own arithmetic, and the meta device."""
+"""One optimizer step against diffusers, against closed forms, and on the meta device."""
 
 from __future__ import annotations
 

@@ -26,7 +26,12 @@ def test_prompts_come_in_order_and_every_text_is_cached_once(tmp_path: Path) -> 
         validation_negative_prompt="ugly",
     )
     prompts = Prompts.of(settings)
-    assert [entry.name for entry in prompts.entries] == ["unconditional", "cat", "dog", "validation"]
+    assert [entry.name for entry in prompts.entries] == [
+        "unconditional",
+        "cat",
+        "dog",
+        "validation",
+    ]
     assert prompts.captions() == ["", "a cat", "a dog", "ugly"]
 
 

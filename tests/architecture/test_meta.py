@@ -1,0 +1,88 @@
+"""A whole optimizer step on the `meta` device.
+
+A CPU tensor that meets the model raises there, and so does every read of a value (`.item()`, `if
+tensor:`): what passes is placed right and never waits for the device. What it cannot see: 0-dim CPU
+tensors, and draws from a device generator.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.adapters.method import method_of
+from simpletuner.adapters.settings import AdapterSettings
+from simpletuner.adapters.weights import Weights
+from simpletuner.core.seeds import Seeds
+from simpletuner.core.types import Batch, Geometry, Place, PlannedBatch, Sample
+from simpletuner.diffusion.settings import DiffusionSettings
+from simpletuner.models.loading import open_family
+from simpletuner.models.settings import ModelSettings
+from simpletuner.optim.build import build_optimizer
+from simpletuner.optim.optimizers import OPTIMIZERS
+from simpletuner.optim.settings import OptimizerSettings
+from simpletuner.training.stepper import Stepper
+
+SIZE = (64, 64)
+
+
+@pytest.mark.parametrize("optimizer", [n for n, row in OPTIMIZERS.items() if not row.pending])
+@pytest.mark.parametrize("folder", ["tiny_sdxl", "tiny_sdxl_v"])
+def test_an_optimizer_step_touches_no_cpu_tensor_and_waits_for_nothing(
+    folder: str, optimizer: str, request: pytest.FixtureRequest
+) -> None:
+    stepper = stepper_on_meta(request.getfixturevalue(folder), optimizer)
+
+    outcome = stepper.step(0, [micro_batch(first=0), micro_batch(first=2)])
+
+    assert outcome.loss.device.type == outcome.grad_norm.device.type == "meta"
+    assert all(p.grad is not None for p in stepper.weights.trainable.parameters().values())
+
+
+def test_the_meta_device_refuses_what_the_rule_forbids() -> None:
+    on_meta = torch.ones(2, device="meta")
+
+    with pytest.raises(RuntimeError):
+        on_meta + torch.ones(2)
+    with pytest.raises(RuntimeError):
+        on_meta.sum().item()
+
+
+def stepper_on_meta(folder: Path, optimizer: str) -> Stepper:
+    seeds, place = Seeds(0), Place(torch.device("meta"), torch.float32)
+    settings = ModelSettings(model_family="sdxl", pretrained_model_name_or_path=str(folder))
+    family = open_family(settings)
+    denoiser = family.open_denoiser(Place(torch.device("cpu"), torch.float32)).to("meta")
+    trainable = method_of("lora", "standard").load()(denoiser, family, AdapterSettings())
+    optimizing = OptimizerSettings(optimizer=optimizer)
+    return Stepper.of(
+        place,
+        family,
+        Weights(trainable, build_optimizer(optimizing, trainable.groups(), seeds)),
+        DiffusionSettings(),
+        optimizing,
+        10,
+        seeds,
+    )
+
+
+def micro_batch(first: int) -> tuple[PlannedBatch, Batch]:
+    """Two samples of a window of four, on the CPU as the caches give them."""
+    geometry = Geometry(source=SIZE, resize=SIZE, crop=(0, 0, *SIZE))
+    samples = tuple(
+        Sample(id=f"{i:032x}", dataset="d", path=f"{i}.png", caption="a cat", geometry=geometry)
+        for i in (first, first + 1)
+    )
+    planned = PlannedBatch(
+        source=0,
+        rows=(first, first + 1),
+        occurrences=(0, 0),
+        weights=(1.0, 1.0),
+        positions=(first, first + 1),
+        window_samples=4,
+        epoch=0,
+    )
+    embeds = {"prompt_embeds": torch.zeros(2, 77, 64), "pooled_prompt_embeds": torch.zeros(2, 32)}
+    return planned, Batch(latents=torch.zeros(2, 4, 8, 8), embeds=embeds, samples=samples)
