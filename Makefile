@@ -1,0 +1,19 @@
+# Each target makes its environment on the first call, as train.sh does.
+.PHONY: test check docs
+
+# Two OpenMP threads that wait for each other on a busy machine are ten times slower than one.
+test: export OMP_NUM_THREADS := 1
+test: export OMP_WAIT_POLICY := PASSIVE
+test:
+	@python=$$(scripts/setup.sh test) && "$$python" -m pytest
+
+check:
+	@python=$$(scripts/setup.sh test) && \
+	"$$python" -m ruff format --check . && \
+	"$$python" -m ruff check . && \
+	"$$python" -m mypy && \
+	"$$python" -m simpletuner.apps.docgen --check && \
+	"$$python" -m pytest tests/architecture
+
+docs:
+	@python=$$(scripts/setup.sh test) && "$$python" -m simpletuner.apps.docgen

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Trains: makes the environment on the first call, then hands over to `simpletuner train`.
+#
+#   bash train.sh                          # config/config.json
+#   ENV=name bash train.sh                 # config/name/config.json
+#   ENV=examples/emoji bash train.sh       # an example
+#   bash train.sh --learning_rate 5e-5     # a setting for this run only
+#
+# Settings may also come from the environment (CONFIG_BACKEND, TRAINER_EXTRA_ARGS …).
+set -euo pipefail
+cd "$(dirname "$0")" # relative paths in a configuration start here
+
+python=$(scripts/setup.sh)
+
+# The example's base model has random weights for now, so it is made and not shipped.
+emoji_base=config/examples/emoji/base
+if [ "${ENV:-}" = examples/emoji ] && [ ! -e "$emoji_base" ]; then
+    echo "making the example's base model"
+    HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error "$python" -m tests.tiny.build sdxl "$emoji_base.partial"
+    mv "$emoji_base.partial" "$emoji_base"
+fi
+
+# Threads that spin while they wait slow each other down on a busy CPU.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
+# In place of this shell, so that signals reach the trainer and its exit code is ours.
+exec "$python" -m simpletuner train "$@"
