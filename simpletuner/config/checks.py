@@ -57,6 +57,68 @@ def flavour_of_family(run: Proposal) -> Iterator[Problem]:
         )
 
 
+def prediction_of_family(run: Proposal) -> Iterator[Problem]:
+    """A family is trained to predict what it can."""
+    family, chosen = run.values.get("model_family", ""), run.says("prediction_type")
+    known = FAMILIES[family].fact("prediction_types", ()) if family in FAMILIES else ()
+    if chosen and known and chosen not in known:
+        yield run.problem(
+            "prediction_type",
+            f"{family} cannot predict {chosen}, only {' or '.join(known)}; remove it to take what "
+            "the checkpoint says",
+        )
+
+
+def settings_of_family(run: Proposal) -> Iterator[Problem]:
+    """What only some families read is asked of one of them."""
+    family = run.values.get("model_family", "")
+    if family not in FAMILIES or FAMILIES[family].pending:
+        return
+    readers: dict[str, list[str]] = {}
+    for name, row in FAMILIES.items():
+        for key in row.fact("own_settings", ()):
+            readers.setdefault(key, []).append(name)
+    for key, names in readers.items():
+        default = SETTINGS[key].field.default
+        if family not in names and run.says(key) not in (None, default):
+            yield run.problem(
+                key, f"{family} has no use for it, {' and '.join(names)} has; remove it"
+            )
+
+
+def flow_of_family(run: Proposal) -> Iterator[Problem]:
+    """Settings of flow matching are asked of a family that is trained by it."""
+    family = run.values.get("model_family", "")
+    known = FAMILIES[family].fact("prediction_types", ()) if family in FAMILIES else ()
+    if not known or "flow_matching" in known:
+        return
+    for key in run.given:
+        if key.startswith("flow_") and run.says(key) != SETTINGS[key].field.default:
+            yield run.problem(
+                key, f"{family} is not trained by flow matching, so it changes nothing; remove it"
+            )
+
+
+def alignment_of_family(run: Proposal) -> Iterator[Problem]:
+    """Edges fit the grid that the family's denoiser cuts pictures into."""
+    family, chosen = run.values.get("model_family", ""), run.values["aspect_bucket_alignment"]
+    grid = FAMILIES[family].fact("alignment", 8) if family in FAMILIES else 8
+    if chosen % grid:
+        yield run.problem(
+            "aspect_bucket_alignment", f"{family} needs a multiple of {grid} px, got {chosen}"
+        )
+
+
+def prompt_length_of_family(run: Proposal) -> Iterator[Problem]:
+    """Prompts are no longer than the family was trained with."""
+    family, chosen = run.values.get("model_family", ""), run.says("tokenizer_max_length")
+    most = FAMILIES[family].fact("most_tokens") if family in FAMILIES else None
+    if chosen and most and chosen > most:
+        yield run.problem(
+            "tokenizer_max_length", f"{family} takes at most {most} tokens, got {chosen}"
+        )
+
+
 def one_base_model(run: Proposal) -> Iterator[Problem]:
     """A flavour and a path both name the base weights; a single file's flavour, its configs."""
     flavour, path = run.says("model_flavour"), run.says("pretrained_model_name_or_path")
@@ -172,6 +234,11 @@ def no_secrets(run: Proposal) -> Iterator[Problem]:
 
 CHECKS: tuple[Check, ...] = (
     flavour_of_family,
+    prediction_of_family,
+    settings_of_family,
+    flow_of_family,
+    alignment_of_family,
+    prompt_length_of_family,
     one_base_model,
     prompt_library_exists,
     rate_falls,

@@ -14,16 +14,25 @@ import torch
 
 from simpletuner.core.errors import ConfigError
 from simpletuner.core.types import Draw
+from simpletuner.diffusion.settings import DiffusionSettings
+from simpletuner.diffusion.timesteps import flow_law
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from simpletuner.diffusion.timesteps import Law
 
 
 class Objective(Protocol):
     """Pure fp32 mathematics of one prediction type."""
 
-    def timesteps(self, u: Tensor) -> Tensor:
-        """The law: quantiles [B] in [0, 1) to timesteps [B], on the CPU."""
+    def timesteps(self, u: Tensor, tokens: int) -> Tensor:
+        """The law: quantiles [B] in [0, 1) to timesteps [B], on the CPU.
+
+        Args:
+            u: [B], fp64.
+            tokens: What the denoiser makes of each latent of the batch.
+        """
 
     def draw(self, clean: Tensor, t: Tensor, noise: Tensor) -> Draw:
         """Corrupt `clean` [B, C, *S] with `noise` at CPU timesteps `t` [B]."""
@@ -42,8 +51,8 @@ class VariancePreserving(ABC):
 
     abar: Tensor
 
-    def timesteps(self, u: Tensor) -> Tensor:
-        """Uniform on 0 … T - 1."""
+    def timesteps(self, u: Tensor, tokens: int) -> Tensor:
+        """Uniform on 0 … T - 1, whatever the size."""
         return (u * len(self.abar)).long().clamp(max=len(self.abar) - 1)
 
     def draw(self, clean: Tensor, t: Tensor, noise: Tensor) -> Draw:
@@ -100,20 +109,62 @@ class Velocity(VariancePreserving):
         return signal * draw.noisy - spread * prediction
 
 
-def objective_of(prediction_type: str, scheduler_config: Mapping[str, Any]) -> Objective:
+@dataclass(frozen=True)
+class Flow:
+    """``noisy = (1 - sigma) x0 + sigma noise``; the denoiser answers ``noise - x0``.
+
+    Rectified flow (Liu et al. 2022, arXiv 2209.03003) as Esser et al. 2024 (arXiv 2403.03206) train
+    it. A timestep is 1000 sigma and need not be whole.
+
+    Args:
+        law: Quantiles and token counts to sigma.
+    """
+
+    law: Law
+
+    def timesteps(self, u: Tensor, tokens: int) -> Tensor:
+        """[B] fp64 in 0 … 1000."""
+        return 1000 * self.law(u, tokens)
+
+    def draw(self, clean: Tensor, t: Tensor, noise: Tensor) -> Draw:
+        """See Objective."""
+        sigma = (t / 1000).float().to(clean.device, non_blocking=True)
+        share, x0 = _wide(sigma, clean), clean.float()
+        return Draw(
+            noisy=(1 - share) * x0 + share * noise,
+            target=noise - x0,
+            noise=noise,
+            sigma=sigma,
+            timestep=1000 * sigma,
+            weight=torch.ones_like(sigma),
+        )
+
+    def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
+        """``noisy - sigma prediction``."""
+        return draw.noisy - _wide(draw.sigma, draw.noisy) * prediction
+
+
+def objective_of(
+    prediction_type: str,
+    scheduler_config: Mapping[str, Any],
+    settings: DiffusionSettings | None = None,
+) -> Objective:
     """The objective of a model.
 
     Args:
-        prediction_type: ``epsilon`` or ``v_prediction``.
-        scheduler_config: The checkpoint's own, for its betas.
+        prediction_type: ``epsilon``, ``v_prediction`` or ``flow_matching``.
+        scheduler_config: The checkpoint's own, for its betas or its shift by size.
+        settings: How noise levels are drawn; the defaults without it.
 
     Raises:
         ConfigError: A prediction type that is not built.
     """
+    if prediction_type == "flow_matching":
+        return Flow(flow_law(settings or DiffusionSettings(), scheduler_config))
     kinds: dict[str, type[Epsilon | Velocity]] = {"epsilon": Epsilon, "v_prediction": Velocity}
     if prediction_type not in kinds:
         raise ConfigError(
-            f"prediction_type {prediction_type!r} is not one of {', '.join(kinds)}",
+            f"prediction_type {prediction_type!r} is not one of {', '.join(kinds)}, flow_matching",
             fix="set prediction_type to what the model was trained with",
         )
     from diffusers import DDPMScheduler

@@ -41,17 +41,18 @@ class DiffusionSettings(Section):
     )
     """How the training timesteps are spaced; without it, every timestep is as likely."""
 
-    flow_schedule_shift: float = setting(3.0, pending=True, ge=0)
-    """Moves a flow model's training towards much noise; larger moves further, 1 or 0 not at
-    all."""
+    flow_schedule_shift: float = setting(3.0, ge=0)
+    """Moves a flow model's training towards much noise; larger moves further, 1 or 0 not at all,
+    between them towards little noise."""
 
-    flow_schedule_auto_shift: bool = setting(False, pending=True)
-    """Take the shift from each picture's size instead of flow_schedule_shift."""
+    flow_schedule_auto_shift: bool = setting(False)
+    """Take the shift from each picture's size instead of flow_schedule_shift: larger ones are
+    trained at more noise."""
 
-    flow_use_uniform_schedule: bool = setting(False, pending=True)
+    flow_use_uniform_schedule: bool = setting(False)
     """Draw a flow model's noise levels evenly, instead of mostly from the middle."""
 
-    flow_sigmoid_scale: float = setting(1.0, pending=True, gt=0)
+    flow_sigmoid_scale: float = setting(1.0, gt=0)
     """The width of the draw around the middle; larger reaches further to both ends."""
 
     flow_use_beta_schedule: bool = setting(False, pending=True)

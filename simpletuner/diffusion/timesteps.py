@@ -1,8 +1,15 @@
-"""Where on the noise schedule each sample of a window is trained. N samples in the window."""
+"""Where on the noise schedule each sample of a window is trained.
+
+Letters: N samples in the window, B in the batch; sigma is the share of noise in 0 … 1. A law is a
+composition of pure functions of the quantile, so that what is drawn stays stratified.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from simpletuner.core.seeds import Seeds
+    from simpletuner.diffusion.settings import DiffusionSettings
+
+    Law = Callable[[Tensor, int], Tensor]
+    """Quantiles [B] in [0, 1) and the tokens of each latent of the batch to sigma [B], fp64."""
 
 
 def quantiles(seeds: Seeds, step: int, total: int) -> Tensor:
@@ -30,3 +41,50 @@ def quantiles(seeds: Seeds, step: int, total: int) -> Tensor:
     order = torch.randperm(total, generator=generator)
     inside = torch.rand(total, generator=generator, dtype=torch.float64)
     return (order + inside) / total
+
+
+def flow_law(settings: DiffusionSettings, scheduler_config: Mapping[str, Any]) -> Law:
+    """How flow models draw their noise levels.
+
+    Args:
+        settings: The spread over sigma, and the shift.
+        scheduler_config: The checkpoint's own, for its shift by size.
+    """
+    fixed = settings.flow_schedule_shift or 1.0
+    by_size = partial(auto_shift, scheduler_config=scheduler_config)
+
+    def law(u: Tensor, tokens: int) -> Tensor:
+        sigma = u.double()
+        if not settings.flow_use_uniform_schedule:
+            sigma = logit_normal(sigma, settings.flow_sigmoid_scale)
+        return shifted(sigma, by_size(tokens) if settings.flow_schedule_auto_shift else fixed)
+
+    return law
+
+
+def logit_normal(u: Tensor, scale: float) -> Tensor:
+    """The logistic function of a normal quantile (Esser et al. 2024, arXiv 2403.03206, 3.1).
+
+    Args:
+        u: [B] in 0 … 1, fp64.
+        scale: Standard deviation of the normal; larger reaches further to both ends.
+    """
+    return torch.sigmoid(scale * torch.special.ndtri(u))
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Sigma [B] moved towards 1 by a `shift` above 1 (Esser et al. 2024, 5.3.2)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def auto_shift(tokens: int, scheduler_config: Mapping[str, Any]) -> float:
+    """The shift for a latent of `tokens`: its logarithm is linear in them, and not clamped.
+
+    The two points of the line are the scheduler's own; without them FLUX.1's, which are what
+    diffusers' flow scheduler assumes.
+    """
+    near = scheduler_config.get("base_image_seq_len", 256)
+    far = scheduler_config.get("max_image_seq_len", 4096)
+    low = scheduler_config.get("base_shift", 0.5)
+    high = scheduler_config.get("max_shift", 1.15)
+    return math.exp(low + (high - low) * (tokens - near) / (far - near))

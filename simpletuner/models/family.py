@@ -5,10 +5,15 @@ Letters: B batch, C channels, H W height width, L tokens, D width; *S = H,W.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from simpletuner.core.files import content_digest, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +45,7 @@ class Family(ABC):
 
     Args:
         checkpoint: Where the weights are.
-        options: The settings of ``model`` that this family reads, by their names.
+        options: The settings of ``model``, by their names.
     """
 
     name: ClassVar[str]
@@ -51,8 +56,14 @@ class Family(ABC):
     """The stock pipeline's class in diffusers."""
     flavours: ClassVar[Mapping[str, Flavour]]
     """Named checkpoints; the first is the default."""
-    objective: ClassVar[str]
-    """``epsilon``, ``v_prediction`` or ``flow`` where the scheduler's config does not say."""
+    prediction_types: ClassVar[tuple[str, ...]]
+    """What it can be trained to predict; the first where the scheduler's config does not say."""
+    own_settings: ClassVar[tuple[str, ...]] = ()
+    """The settings of ``model`` that not every family reads, but this one does."""
+    alignment: ClassVar[int] = 8
+    """Both edges of every picture are a multiple of this many px."""
+    most_tokens: ClassVar[int | None] = None
+    """The longest prompt where ``tokenizer_max_length`` may choose, and what it is without it."""
     denoiser: ClassVar[str] = "unet"
     """The denoiser's component name in the pipeline, and the prefix of its LoRA keys."""
     text_parts: ClassVar[tuple[str, ...]]
@@ -108,18 +119,46 @@ class Family(ABC):
         Args:
             part: ``"text"`` or ``"vae"``.
         """
-        return self.checkpoint.digest(self.text_parts if part == "text" else ("vae",))
+        if part == "vae":
+            return self.checkpoint.digest(("vae",))
+        digest = self.checkpoint.digest(self.text_parts)
+        if not self.text_options:
+            return digest
+        options = json.dumps(dict(self.text_options), sort_keys=True)
+        return content_digest(f"{digest};{options}".encode())
 
     @property
     def prediction_type(self) -> str:
         """The objective: what the user, else the scheduler, else the family says."""
         chosen = self.options.get("prediction_type")
         found: str = chosen or self.checkpoint.scheduler_config.get(
-            "prediction_type", self.objective
+            "prediction_type", self.prediction_types[0]
         )
         return found
 
+    @cached_property
+    def patch(self) -> int:
+        """Latent cells along the edge of one token of the denoiser; a UNet's tokens are cells."""
+        config = read_json(self.checkpoint.folder / self.denoiser / "config.json")
+        return int(config.get("patch_size") or 1)
+
+    def tokens(self, latents: Tensor) -> int:
+        """How many tokens the denoiser makes of each of `latents` [B, C, H, W]."""
+        height, width = latents.shape[-2:]
+        tokens: int = (height // self.patch) * (width // self.patch)
+        return tokens
+
     # --- text and pixels -----------------------------------------------------------------------
+
+    @property
+    def text_options(self) -> Mapping[str, Any]:
+        """What besides weights and captions shapes the conditioning, and so names cache entries."""
+        return MappingProxyType({})
+
+    @property
+    def prompt_arguments(self) -> Mapping[str, Any]:
+        """What the stock pipeline is told beside a prompt, to encode it as we do."""
+        return MappingProxyType({})
 
     def encode_text(self, pipe: Any, captions: Sequence[str]) -> list[Embeds]:
         """One mapping per caption, tensors without the batch dimension, in the encoder's dtype."""
@@ -131,6 +170,7 @@ class Family(ABC):
                 device=pipe.device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=False,
+                **self.prompt_arguments,
             )
         named = zip(self.text_outputs, outputs, strict=True)
         kept = {name: output for name, output in named if name is not None}

@@ -49,11 +49,7 @@ def open_family(settings: ModelSettings, *, digests: Path | None = None) -> Fami
     checkpoint = _resolve(name, cls.flavours[flavour].repo, settings, digests)
     _check_class(checkpoint, cls)
     _check_weights(checkpoint)
-    options = {
-        "prediction_type": settings.prediction_type,
-        "data_aesthetic_score": settings.data_aesthetic_score,
-    }
-    return cls(checkpoint, options)
+    return cls(checkpoint, settings.model_dump())
 
 
 def _resolve(

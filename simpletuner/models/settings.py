@@ -32,7 +32,7 @@ class ModelSettings(Section):
     """Which of several sets of weight files to take, such as fp16; without it, the plain one."""
 
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_matching"] | None = setting(
-        None, pending=("sample", "flow_matching")
+        None, pending=("sample",)
     )
     """What the denoiser predicts; without it, what the checkpoint's own scheduler says."""
 
@@ -42,7 +42,7 @@ class ModelSettings(Section):
     rescale_betas_zero_snr: bool = setting(False, pending=True)
     """Rescale the noise schedule so that its last step holds no signal at all."""
 
-    tokenizer_max_length: int | None = setting(None, pending=True, ge=1, le=1024, unit="tokens")
+    tokenizer_max_length: int | None = setting(None, ge=1, le=1024, unit="tokens")
     """Longest prompt that text encoders with a variable length see; without it, the family's own
     (154 for sd3). Larger keeps more of a long caption and makes its cache larger."""
 
@@ -61,17 +61,16 @@ class ModelSettings(Section):
     pretrained_t5_model_name_or_path: str | None = setting(None, pending=True)
     """A hub id or folder to take the T5 text encoder from instead of the base model's."""
 
-    t5_padding: Literal["unmodified", "zero"] = setting("unmodified", pending=True)
+    t5_padding: Literal["unmodified", "zero"] = setting("unmodified")
     """What the positions behind a caption's end hold: what T5 made of them, or zeros."""
 
-    sd3_clip_uncond_behaviour: Literal["empty_string", "zero"] = setting(
-        "empty_string", pending=True
-    )
-    """What a dropped caption becomes for SD3's CLIP encoders: the encoded empty text, or zeros."""
+    sd3_clip_uncond_behaviour: Literal["empty_string", "zero"] = setting("empty_string")
+    """What a dropped caption, and an empty negative prompt, becomes for SD3's CLIP encoders: the
+    encoded empty text, or zeros."""
 
-    sd3_t5_uncond_behaviour: Literal["empty_string", "zero"] | None = setting(None, pending=True)
-    """What a dropped caption becomes for SD3's T5: the encoded empty text, or zeros; without it,
-    the same as sd3_clip_uncond_behaviour."""
+    sd3_t5_uncond_behaviour: Literal["empty_string", "zero"] | None = setting(None)
+    """What these become for SD3's T5: the encoded empty text, or zeros; without it, the same as
+    sd3_clip_uncond_behaviour."""
 
     flux_guidance_mode: Literal["constant", "random-range"] = setting("constant", pending=True)
     """Whether FLUX trains with one guidance value or with one drawn for each sample."""

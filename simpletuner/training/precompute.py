@@ -9,6 +9,7 @@ from simpletuner.cache.caches import Caches
 from simpletuner.cache.latents import LatentCache, open_stores
 from simpletuner.cache.store import TensorStore
 from simpletuner.cache.text import TextCache
+from simpletuner.core.errors import DataError
 from simpletuner.core.types import Place
 from simpletuner.precision.dtypes import dtype_of
 
@@ -29,6 +30,22 @@ def vae_place(settings: CacheSettings, place: Place) -> Place:
     return Place(place.device, dtype_of(settings.vae_dtype), place.rank, place.world)
 
 
+def _fit_the_grid(family: Family, sources: Sequence[DataSource]) -> None:
+    """Every bucket fits the denoiser; a dataset may have an alignment of its own.
+
+    Raises:
+        DataError: One does not.
+    """
+    for source in sources:
+        if (source.buckets % family.alignment).any():
+            raise DataError(
+                f"{source.id}: its pictures are cut to a multiple of"
+                f" {source.settings.aspect_bucket_alignment} px, {family.name} needs"
+                f" {family.alignment}",
+                fix=f"set its aspect_bucket_alignment to a multiple of {family.alignment}",
+            )
+
+
 def precompute(
     family: Family,
     sources: Sequence[DataSource],
@@ -43,6 +60,7 @@ def precompute(
 
     The caches' sources are those to train on: without pictures that could not be decoded.
     """
+    _fit_the_grid(family, sources)
     assert text_embeds.cache_dir is not None, "inherited values are filled in"
     store = TensorStore.open(
         text_embeds.cache_dir,

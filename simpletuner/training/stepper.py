@@ -101,7 +101,9 @@ class Stepper:
             place=place,
             family=family,
             weights=weights,
-            objective=objective_of(family.prediction_type, family.checkpoint.scheduler_config),
+            objective=objective_of(
+                family.prediction_type, family.checkpoint.scheduler_config, diffusion
+            ),
             loss=LOSSES[diffusion.loss_type].load(),
             clip=Clip(optimizer.grad_clip_method, optimizer.max_grad_norm),
             learning_rate=rate,
@@ -147,7 +149,8 @@ class Stepper:
         noise = noise_for(batch.samples, planned.epoch, shape, self.seeds)
         batch = batch.to(self.place)
         noise = noise.to(self.place.device, non_blocking=True)
-        return batch, self.objective.draw(batch.latents, self.objective.timesteps(u), noise)
+        t = self.objective.timesteps(u, self.family.tokens(batch.latents))
+        return batch, self.objective.draw(batch.latents, t, noise)
 
     def _autocast(self) -> AbstractContextManager[object]:
         """Autocast for one forward: a longer block would keep stale copies of the adapters."""

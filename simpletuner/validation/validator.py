@@ -87,7 +87,10 @@ class Validator:
 
     def _recipe(self, sampler: Sampler, step: int, prompt: Prompt, shot: Shot) -> dict[str, Any]:
         """Everything that makes the picture again with the stock pipeline."""
+        told = self.family.prompt_arguments
         return {
+            **{name: value for name, value in told.items() if value is not None},
+            "text_options": dict(self.family.text_options),
             "prompt": prompt.text,
             "negative_prompt": self.prompts.negative,
             "width": shot.width,

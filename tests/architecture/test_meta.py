@@ -29,13 +29,16 @@ SIZE = (64, 64)
 
 
 @pytest.mark.parametrize("optimizer", [n for n, row in OPTIMIZERS.items() if not row.pending])
-@pytest.mark.parametrize("folder", ["tiny_sdxl", "tiny_sdxl_v"])
+@pytest.mark.parametrize(
+    ("family", "folder"),
+    [("sdxl", "tiny_sdxl"), ("sdxl", "tiny_sdxl_v"), ("sd3", "tiny_sd3")],
+)
 def test_an_optimizer_step_touches_no_cpu_tensor_and_waits_for_nothing(
-    folder: str, optimizer: str, request: pytest.FixtureRequest
+    family: str, folder: str, optimizer: str, request: pytest.FixtureRequest
 ) -> None:
-    stepper = stepper_on_meta(request.getfixturevalue(folder), optimizer)
+    stepper = stepper_on_meta(family, request.getfixturevalue(folder), optimizer)
 
-    outcome = stepper.step(0, [micro_batch(first=0), micro_batch(first=2)])
+    outcome = stepper.step(0, [micro_batch(family, first=0), micro_batch(family, first=2)])
 
     assert outcome.loss.device.type == outcome.grad_norm.device.type == "meta"
     assert all(p.grad is not None for p in stepper.weights.trainable.parameters().values())
@@ -50,9 +53,9 @@ def test_the_meta_device_refuses_what_the_rule_forbids() -> None:
         on_meta.sum().item()
 
 
-def stepper_on_meta(folder: Path, optimizer: str) -> Stepper:
+def stepper_on_meta(name: str, folder: Path, optimizer: str) -> Stepper:
     seeds, place = Seeds(0), Place(torch.device("meta"), torch.float32)
-    settings = ModelSettings(model_family="sdxl", pretrained_model_name_or_path=str(folder))
+    settings = ModelSettings(model_family=name, pretrained_model_name_or_path=str(folder))
     family = open_family(settings)
     denoiser = family.open_denoiser(Place(torch.device("cpu"), torch.float32)).to("meta")
     trainable = method_of("lora", "standard").load()(denoiser, family, AdapterSettings())
@@ -68,7 +71,7 @@ def stepper_on_meta(folder: Path, optimizer: str) -> Stepper:
     )
 
 
-def micro_batch(first: int) -> tuple[PlannedBatch, Batch]:
+def micro_batch(name: str, first: int) -> tuple[PlannedBatch, Batch]:
     """Two samples of a window of four, on the CPU as the caches give them."""
     geometry = Geometry(source=SIZE, resize=SIZE, crop=(0, 0, *SIZE))
     samples = tuple(
@@ -84,5 +87,9 @@ def micro_batch(first: int) -> tuple[PlannedBatch, Batch]:
         window_samples=4,
         epoch=0,
     )
-    embeds = {"prompt_embeds": torch.zeros(2, 77, 64), "pooled_prompt_embeds": torch.zeros(2, 32)}
-    return planned, Batch(latents=torch.zeros(2, 4, 8, 8), embeds=embeds, samples=samples)
+    channels, tokens, pooled = {"sdxl": (4, 77, 32), "sd3": (16, 77 + 154, 64)}[name]
+    embeds = {
+        "prompt_embeds": torch.zeros(2, tokens, 64),
+        "pooled_prompt_embeds": torch.zeros(2, pooled),
+    }
+    return planned, Batch(latents=torch.zeros(2, channels, 8, 8), embeds=embeds, samples=samples)

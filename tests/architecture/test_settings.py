@@ -22,7 +22,12 @@ from simpletuner.data.settings import DatasetSettings, TextEmbedsSettings
 from tests.architecture.source import ROOT, Module, modules
 
 EXAMPLES = sorted(path.parent.name for path in ROOT.glob("config/examples/*/config.json"))
-READS_BY_KEY = ("simpletuner.config.datasets", "simpletuner.config.load")
+READS_BY_KEY = (
+    "simpletuner.config.datasets",
+    "simpletuner.config.load",
+    "simpletuner.models.families",
+    "simpletuner.models.family",
+)
 PLUG_IN_FOLDERS = ("models/families", "data/storage", "tracking/sinks")
 
 
@@ -101,7 +106,7 @@ def test_a_shipped_example_passes_its_check_and_asks_for_nothing_that_is_not_bui
 
 
 def _reads(module: Module) -> Iterator[str]:
-    """The attributes a module reads, and the keys `config` takes from a file by name.
+    """The attributes a module reads, and the keys `config` and a family take by name.
 
     A section's own checks are no readers of it, its other methods are.
     """
@@ -118,7 +123,7 @@ def _reads(module: Module) -> Iterator[str]:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             if id(node) not in skipped:
                 yield node.attr
-        elif isinstance(node, ast.Constant) and module.name in READS_BY_KEY:
+        elif isinstance(node, ast.Constant) and module.name.startswith(READS_BY_KEY):
             yield str(node.value)
 
 

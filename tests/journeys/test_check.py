@@ -114,6 +114,7 @@ def test_the_sd3_quickstart_passes_as_printed(
     facts = check(capsys)
 
     config = facts["config"]
+    assert facts["pending"] == []
     assert config["pretrained_model_name_or_path"] == "stabilityai/stable-diffusion-3.5-large"
     assert config["user_prompt_library"] == str(folder / "config/user_prompt_library.json")
     assert facts["datasets"][0]["maximum_image_size"] == 1024
@@ -141,7 +142,7 @@ def test_skip_layer_guidance_keeps_its_list(
 
     assert facts["config"]["validation_guidance_skip_layers"] == [7, 8, 9]
     assert facts["config"]["validation_guidance"] == 4.0
-    assert {"flow_use_uniform_schedule", "flow_schedule_auto_shift"} <= pending(facts)
+    assert pending(facts) == {"validation_guidance_skip_layers", "base_model_precision"}
 
 
 def test_the_sd3_shell_block_keeps_both_lines_of_flags(
@@ -184,7 +185,8 @@ def test_the_sd3_stable_and_smallest_values_pass(
     )
 
     assert stable["config"]["max_grad_norm"] == 0.1
-    assert {"optimizer", "attention_mechanism"} <= pending(smallest)
+    assert pending(stable) == {"base_model_precision", "validation_guidance_skip_layers"}
+    assert pending(smallest) == {"base_model_precision", "optimizer", "attention_mechanism"}
 
 
 @pytest.mark.parametrize("spelling", ["MODEL_TYPE", "--model-type", "Model_Type"])

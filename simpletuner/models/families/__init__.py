@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from simpletuner.core.table import Row, Table, discover
+
+if TYPE_CHECKING:
+    from simpletuner.models.family import Family
 
 _NOT_BUILT = {
     "auraflow": "AuraFlow",
@@ -23,15 +28,28 @@ _NOT_BUILT = {
 
 def _rows() -> tuple[Row, ...]:
     built = {
-        family.name: Row(
-            family.name, family, family.title, facts={"flavours": tuple(family.flavours)}
-        )
+        family.name: Row(family.name, family, _summary(family), facts=_facts(family))
         for family in discover(__name__, "FAMILY").values()
     }
     waiting = {
         name: Row(name, None, title) for name, title in _NOT_BUILT.items() if name not in built
     }
     return tuple(row for _, row in sorted({**built, **waiting}.items()))
+
+
+def _summary(family: type[Family]) -> str:
+    return f"{family.title}; flavours: {', '.join(family.flavours)}"
+
+
+def _facts(family: type[Family]) -> dict[str, Any]:
+    """What the checks of a configuration ask, long before anything is loaded."""
+    return {
+        "flavours": tuple(family.flavours),
+        "prediction_types": family.prediction_types,
+        "own_settings": family.own_settings,
+        "alignment": family.alignment,
+        "most_tokens": family.most_tokens,
+    }
 
 
 FAMILIES = Table("model_family", _rows())

@@ -38,7 +38,8 @@ class SDXL(Family):
             ),
         }
     )
-    objective = "epsilon"
+    prediction_types = ("epsilon", "v_prediction")
+    own_settings = ("data_aesthetic_score",)
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     text_outputs = ("prompt_embeds", None, "pooled_prompt_embeds", None)
     layouts = MappingProxyType({"prompt_embeds": "stack", "pooled_prompt_embeds": "stack"})

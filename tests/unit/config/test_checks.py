@@ -142,3 +142,50 @@ def test_a_single_files_flavour_says_whose_configs_it_has(place: Workplace) -> N
     )
 
     assert place.messages() == []
+
+
+def test_a_family_is_asked_to_predict_what_it_can(place: Workplace) -> None:
+    place.config(model_family="sd3", prediction_type="epsilon")
+    assert place.messages() == [
+        "prediction_type: sd3 cannot predict epsilon, only flow_matching; remove it to take what "
+        "the checkpoint says"
+    ]
+    place.config(prediction_type="flow_matching")
+    assert place.messages() == [
+        "prediction_type: sdxl cannot predict flow_matching, only epsilon or v_prediction; remove "
+        "it to take what the checkpoint says"
+    ]
+
+
+def test_what_another_family_reads_is_not_swallowed_unless_it_changes_nothing(
+    place: Workplace,
+) -> None:
+    place.config(t5_padding="zero", sd3_clip_uncond_behaviour="empty_string")
+    assert place.messages() == ["t5_padding: sdxl has no use for it, sd3 has; remove it"]
+    place.config(model_family="sd3", t5_padding="zero", data_aesthetic_score=7)
+    assert place.messages() == []
+
+
+def test_prompts_of_sd3_have_at_most_154_tokens(place: Workplace) -> None:
+    for length in (77, 154):
+        place.config(model_family="sd3", tokenizer_max_length=length)
+        assert place.messages() == []
+    place.config(model_family="sd3", tokenizer_max_length=155)
+    assert place.messages() == ["tokenizer_max_length: sd3 takes at most 154 tokens, got 155"]
+
+
+def test_settings_of_flow_matching_are_not_swallowed_by_other_families(place: Workplace) -> None:
+    place.config(flow_schedule_shift=1.0, flow_schedule_auto_shift=False)
+    assert place.messages() == [
+        "flow_schedule_shift: sdxl is not trained by flow matching, so it changes nothing; remove "
+        "it"
+    ]
+    place.config(model_family="sd3", flow_schedule_shift=1.0)
+    assert place.messages() == []
+
+
+def test_picture_edges_fit_the_familys_grid(place: Workplace) -> None:
+    place.config(model_family="sd3", aspect_bucket_alignment=24)
+    assert place.messages() == ["aspect_bucket_alignment: sd3 needs a multiple of 16 px, got 24"]
+    place.config(aspect_bucket_alignment=24)
+    assert place.messages() == []

@@ -250,14 +250,7 @@ def test_pending_values_are_among_those_a_setting_takes() -> None:
         (SDXL, set()),
         (QUANTISED, {"base_model_precision"}),
         (PREVIEW, {"validation_preview"}),
-        (
-            SKIP_LAYERS,
-            {
-                "validation_guidance_skip_layers",
-                "flow_use_uniform_schedule",
-                "flow_schedule_auto_shift",
-            },
-        ),
+        (SKIP_LAYERS, {"validation_guidance_skip_layers"}),
     ],
 )
 def test_printed_settings_are_taken_and_what_waits_is_named(

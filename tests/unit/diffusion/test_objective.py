@@ -111,7 +111,7 @@ def test_the_perfect_answer_gives_the_clean_latent_back(kind: str) -> None:
 def test_every_timestep_has_the_same_share_of_quantiles(kind: str) -> None:
     u = (torch.arange(3000, dtype=torch.float64) + 0.5) / 3000
 
-    t = objective_of(kind, SDXL).timesteps(u)
+    t = objective_of(kind, SDXL).timesteps(u, 1024)
 
     assert torch.equal(t.bincount(), torch.full((1000,), 3))
 
@@ -119,7 +119,7 @@ def test_every_timestep_has_the_same_share_of_quantiles(kind: str) -> None:
 def test_the_largest_quantile_is_still_a_timestep() -> None:
     u = torch.tensor([0.0, 1 - 2.0**-53, 1.0], dtype=torch.float64)
 
-    assert objective_of("epsilon", SDXL).timesteps(u).tolist() == [0, 999, 999]
+    assert objective_of("epsilon", SDXL).timesteps(u, 1024).tolist() == [0, 999, 999]
 
 
 @pytest.mark.parametrize("kind", KINDS)

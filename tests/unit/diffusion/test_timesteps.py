@@ -16,7 +16,9 @@ def timesteps(batch: int, steps: int) -> torch.Tensor:
     """[steps, batch], drawn as the trainer draws them."""
     objective = objective_of("epsilon", {"beta_schedule": "scaled_linear"})
     seeds = Seeds(42)
-    return torch.stack([objective.timesteps(quantiles(seeds, s, batch)) for s in range(steps)])
+    return torch.stack(
+        [objective.timesteps(quantiles(seeds, s, batch), 1024) for s in range(steps)]
+    )
 
 
 def chi_square(t: torch.Tensor) -> float:

@@ -1,9 +1,10 @@
-"""A stepper on the tiny SDXL with made-up batches. B batch, h w latent cells."""
+"""A stepper on a tiny model with made-up batches. B batch, h w latent cells."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,12 +15,21 @@ from simpletuner.adapters.weights import Weights
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Batch, Geometry, Place, PlannedBatch, Sample
 from simpletuner.diffusion.settings import DiffusionSettings
+from simpletuner.models.loading import open_family
+from simpletuner.models.settings import ModelSettings
 from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.settings import OptimizerSettings
 from simpletuner.training.stepper import Stepper
-from tests.unit.models.test_sdxl import CPU, open_tiny
 
+CPU = Place(torch.device("cpu"), torch.float32)
 SEEDS = Seeds(7)
+SHAPES = MappingProxyType(
+    {
+        "sdxl": {"latents": 4, "prompt_embeds": (77, 64), "pooled_prompt_embeds": (32,)},
+        "sd3": {"latents": 16, "prompt_embeds": (77 + 154, 64), "pooled_prompt_embeds": (64,)},
+    }
+)
+"""The latents' channels and the shape of each text output of the tiny models."""
 
 
 def build_stepper(
@@ -27,10 +37,13 @@ def build_stepper(
     place: Place = CPU,
     base: torch.dtype = torch.float32,
     adapter: dict[str, Any] | None = None,
+    diffusion: dict[str, Any] | None = None,
+    family_name: str = "sdxl",
     **optimizer: Any,
 ) -> Stepper:
     """The stepper `training.run` would build, on `place`."""
-    family = open_tiny(model)
+    chosen_model = ModelSettings(model_family=family_name, pretrained_model_name_or_path=str(model))
+    family = open_family(chosen_model)
     SEEDS.reseed_torch("adapter")
     denoiser = family.open_denoiser(Place(torch.device("cpu"), base))
     settings = AdapterSettings(**{"lora_rank": 4, "lora_alpha": 6, **(adapter or {})})
@@ -38,17 +51,22 @@ def build_stepper(
     denoiser.to(place.device)
     chosen = OptimizerSettings(**{"learning_rate": 1e-3, "lr_scheduler": "constant", **optimizer})
     weights = Weights(trainable, build_optimizer(chosen, trainable.groups(), SEEDS))
-    return Stepper.of(place, family, weights, DiffusionSettings(), chosen, 10, SEEDS)
+    objective = DiffusionSettings(**(diffusion or {}))
+    return Stepper.of(place, family, weights, objective, chosen, 10, SEEDS)
 
 
-def make_batch(*numbers: int, width: int = 64, height: int = 96) -> Batch:
+def make_batch(
+    *numbers: int, width: int = 64, height: int = 96, family_name: str = "sdxl"
+) -> Batch:
     """One sample per number; everything about it follows from the number."""
+    shapes = SHAPES[family_name]
     latents, prompts, pooled = [], [], []
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
-        latents.append(torch.randn(4, height // 8, width // 8, generator=generator))
-        prompts.append(torch.randn(77, 64, generator=generator))
-        pooled.append(torch.randn(32, generator=generator))
+        size = (shapes["latents"], height // 8, width // 8)
+        latents.append(torch.randn(size, generator=generator))
+        prompts.append(torch.randn(shapes["prompt_embeds"], generator=generator))
+        pooled.append(torch.randn(shapes["pooled_prompt_embeds"], generator=generator))
     geometry = Geometry((width, height), (width, height), (0, 0, width, height))
     samples = tuple(Sample(f"{n:032x}", "set", f"{n}.png", "a", geometry) for n in numbers)
     embeds = {"prompt_embeds": torch.stack(prompts), "pooled_prompt_embeds": torch.stack(pooled)}

@@ -1,0 +1,144 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.core.errors import ModelError
+from simpletuner.models.family import Family, Flavour
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from simpletuner.core.types import Batch, Draw, Embeds, Place
+
+
+class SD3(Family):
+    """SD3: a transformer with two CLIP text encoders and T5, trained by flow matching.
+
+    A prompt is the states of both CLIPs side by side (77 tokens), then along the sequence those of
+    T5 (N tokens); the CLIPs' pooled states go in beside the timestep (Esser et al. 2024, arXiv
+    2403.03206, section 4).
+    """
+
+    name = "sd3"
+    title = "Stable Diffusion 3 and 3.5"
+    pipeline = "StableDiffusion3Pipeline"
+    flavours = MappingProxyType(
+        {
+            "medium": Flavour("stabilityai/stable-diffusion-3.5-medium", "3.5, 2.5 billion"),
+            "large": Flavour("stabilityai/stable-diffusion-3.5-large", "3.5, 8 billion"),
+            "medium-3.0": Flavour(
+                "stabilityai/stable-diffusion-3-medium-diffusers", "3.0, 2 billion"
+            ),
+        }
+    )
+    prediction_types = ("flow_matching",)
+    own_settings = (
+        "tokenizer_max_length",
+        "t5_padding",
+        "sd3_clip_uncond_behaviour",
+        "sd3_t5_uncond_behaviour",
+    )
+    most_tokens = 154
+    alignment = 16
+    denoiser = "transformer"
+    text_parts = (
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "text_encoder_3",
+        "tokenizer_3",
+    )
+    text_outputs = ("prompt_embeds", None, "pooled_prompt_embeds", None)
+    layouts = MappingProxyType({"prompt_embeds": "stack", "pooled_prompt_embeds": "stack"})
+    lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+
+    @property
+    def text_options(self) -> Mapping[str, Any]:
+        """The length of T5's part, what stands behind a caption, and what an empty one becomes."""
+        clip = self.options.get("sd3_clip_uncond_behaviour", "empty_string")
+        return MappingProxyType(
+            {
+                "tokenizer_max_length": self.options.get("tokenizer_max_length")
+                or self.most_tokens,
+                "t5_padding": self.options.get("t5_padding", "unmodified"),
+                "sd3_clip_uncond_behaviour": clip,
+                "sd3_t5_uncond_behaviour": self.options.get("sd3_t5_uncond_behaviour") or clip,
+            }
+        )
+
+    @property
+    def prompt_arguments(self) -> Mapping[str, Any]:
+        """All encoders see one prompt, and T5 our number of tokens: the stock default is 256."""
+        length = self.text_options["tokenizer_max_length"]
+        return MappingProxyType({"prompt_2": None, "prompt_3": None, "max_sequence_length": length})
+
+    def open_text(self, place: Place) -> Any:
+        """See Family.
+
+        Raises:
+            ModelError: A checkpoint without T5.
+        """
+        if not all(self.checkpoint.index.get("text_encoder_3") or [None]):
+            raise ModelError(
+                f"{self.checkpoint.label} has no T5 (text_encoder_3)",
+                fix="name a checkpoint with all three text encoders",
+            )
+        return super().open_text(place)
+
+    def encode_text(self, pipe: Any, captions: Sequence[str]) -> list[Embeds]:
+        """As the stock pipeline does, then what `text_options` ask for."""
+        tokens = pipe.tokenizer_3(
+            list(captions),
+            padding="max_length",
+            max_length=self.text_options["tokenizer_max_length"],
+            truncation=True,
+            return_tensors="pt",
+        )
+        masks = tokens.attention_mask.bool().to(pipe.device)  # [B, N]
+        encoded = super().encode_text(pipe, captions)
+        return [
+            self._arranged(each, mask, empty=caption == "")
+            for each, mask, caption in zip(encoded, masks, captions, strict=True)
+        ]
+
+    def _arranged(self, embeds: Embeds, mask: Tensor, *, empty: bool) -> Embeds:
+        """One caption's conditioning; `mask` [N] is true where T5 saw a token of it."""
+        import torch
+
+        options, text = self.text_options, embeds["prompt_embeds"]  # [77 + N, D]
+        clip, t5 = text[: -len(mask)], text[-len(mask) :]
+        pooled = embeds["pooled_prompt_embeds"]
+        if options["t5_padding"] == "zero":
+            t5 = t5.masked_fill(~mask[:, None], 0)
+        if empty and options["sd3_t5_uncond_behaviour"] == "zero":
+            t5 = torch.zeros_like(t5)
+        if empty and options["sd3_clip_uncond_behaviour"] == "zero":
+            clip, pooled = torch.zeros_like(clip), torch.zeros_like(pooled)
+        return {"prompt_embeds": torch.cat([clip, t5]), "pooled_prompt_embeds": pooled}
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        draw: Draw,
+        batch: Batch,
+        residuals: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tensor:
+        """One transformer call; the timestep stays fp32 until the model embeds it."""
+        text: Tensor = batch.embeds["prompt_embeds"]  # [B, L, D]
+        answer: Tensor = denoiser(
+            draw.noisy.to(text.dtype),
+            timestep=draw.timestep,
+            encoder_hidden_states=text,
+            pooled_projections=batch.embeds["pooled_prompt_embeds"],
+            return_dict=False,
+            **residuals,
+        )[0]
+        return answer.float()
+
+
+FAMILY = SD3
