@@ -51,17 +51,28 @@ def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Lo
     for parameter in lora.parameters().values():
         parameter.data = parameter.data.float()
     if settings.init_lora:
-        lora.start_from(Path(settings.init_lora))
+        lora.start_from(export_files.lora_file(settings.init_lora))
     return lora
 
 
 def _check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:
-    names = [name for name, _ in denoiser.named_modules()]
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        found = [
+            module
+            for name, module in denoiser.named_modules()
+            if name == target or name.endswith(f".{target}")
+        ]
+        if not found:
             raise ConfigError(
                 f"peft_lora_target_modules: no module of the model is called {target!r}",
                 fix="name modules by the end of their path, for example to_q or to_out.0",
+            )
+        strange = [module for module in found if not isinstance(module, (nn.Linear, nn.Conv2d))]
+        if strange:
+            raise ConfigError(
+                f"peft_lora_target_modules: {target!r} is a {type(strange[0]).__name__},"
+                " which has no weight matrix to adapt",
+                fix="name linear layers or convolutions inside it, for example to_q or to_out.0",
             )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simpletuner.adapters.export import lora_file
 from simpletuner.config.flat import SETTINGS, build_section, settings_of
 from simpletuner.config.read import SECRET, looks_secret
 from simpletuner.config.source import Given
@@ -15,6 +16,8 @@ from simpletuner.core.table import Row
 from simpletuner.models.families import FAMILIES
 from simpletuner.optim.optimizers import OPTIMIZERS, numbers
 from simpletuner.optim.schedules import SCHEDULES
+from simpletuner.validation.prompts import Prompts
+from simpletuner.validation.settings import ValidationSettings
 
 LEAST_PX, MOST_PX = 32, 8192
 
@@ -141,6 +144,36 @@ def prompt_library_exists(run: Proposal) -> Iterator[Problem]:
             f"{written} does not exist; an example to start from: "
             "cp config/user_prompt_library.json.example config/user_prompt_library.json",
         )
+        return
+    names = ("validation_disable", "validation_disable_unconditional", "validation_prompt")
+    settings = ValidationSettings(
+        user_prompt_library=path, **{name: run.values[name] for name in names}
+    )
+    try:
+        Prompts.of(settings)
+    except ConfigError as error:
+        key = "user_prompt_library"
+        sentence = str(error).removeprefix(f"{key}: ").replace("\n  ", "; ")
+        yield run.problem(key, sentence)
+
+
+def first_adapter_exists(run: Proposal) -> Iterator[Problem]:
+    """The LoRA to go on from is there."""
+    path = run.says("init_lora")
+    if path and not lora_file(path).is_file():
+        yield run.problem("init_lora", f"{lora_file(path)} does not exist; correct the path")
+
+
+def learning_rate_uses(run: Proposal) -> Iterator[Problem]:
+    """What shapes a schedule is asked of one that has such a shape."""
+    schedule = run.values["lr_scheduler"]
+    row = SCHEDULES.get(schedule) if schedule in SCHEDULES else None
+    if row is None or row.pending:
+        return
+    for key in ("lr_end", "lr_power", "lr_num_cycles"):
+        asked = run.says(key) not in (None, SETTINGS[key].field.default)
+        if asked and key not in row.fact("takes", ()):
+            yield run.problem(key, f"lr_scheduler {schedule} has no use for it; remove it")
 
 
 def rate_falls(run: Proposal) -> Iterator[Problem]:
@@ -241,7 +274,9 @@ CHECKS: tuple[Check, ...] = (
     prompt_length_of_family,
     one_base_model,
     prompt_library_exists,
+    first_adapter_exists,
     rate_falls,
+    learning_rate_uses,
     warmup_is_taken,
     validation_sizes_fit,
     options_of_row,

@@ -57,20 +57,20 @@ SCHEDULES = Table(
             "linear",
             straight,
             "Falls in a straight line to lr_end at the last step.",
-            facts={"warmup": True, "falls": True},
+            facts={"warmup": True, "falls": True, "takes": ("lr_end",)},
         ),
         Row(
             "cosine",
             half_cosines,
             "Falls along half a cosine to lr_end at the last step; each lr_num_cycles above 1 adds"
             " one rise and one fall.",
-            facts={"warmup": True, "falls": True},
+            facts={"warmup": True, "falls": True, "takes": ("lr_end", "lr_num_cycles")},
         ),
         Row(
             "polynomial",
             curve,
             "Falls as (1 − p) ^ lr_power to lr_end at the last step.",
-            facts={"warmup": True, "falls": True},
+            facts={"warmup": True, "falls": True, "takes": ("lr_end", "lr_power")},
         ),
         Row(
             "cosine_with_restarts",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from simpletuner.core.errors import ConfigError
 from simpletuner.core.types import Place
 
 if TYPE_CHECKING:
@@ -19,9 +20,24 @@ class Runtime:
 
     @classmethod
     def start(cls, dtype: torch.dtype) -> Runtime:
-        """Pick the device and quieten the libraries; `dtype` is what the model runs in."""
+        """Pick the device and quieten the libraries.
+
+        Args:
+            dtype: What the model runs in.
+
+        Raises:
+            ConfigError: A launcher started several processes.
+        """
+        import os
+
         from accelerate import PartialState
 
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1:
+            raise ConfigError(
+                f"a launcher started {started} processes, but training by several is not built",
+                fix="start one process: bash train.sh, or simpletuner train",
+            )
         _quieten_libraries()
         state = PartialState()
         return cls(Place(state.device, dtype, state.process_index, state.num_processes))

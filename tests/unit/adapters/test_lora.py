@@ -181,9 +181,31 @@ def test_init_lora_of_another_rank_or_alpha_or_kind_is_refused(
         lora_on(tiny_sdxl, init_lora=path, peft_lora_target_modules=["to_q"])
     with pytest.raises(ConfigError, match="does not exist"):
         lora_on(tiny_sdxl, init_lora=str(tmp_path / "no.safetensors"))
-    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match="not a LoRA in the diffusers layout"):
-        lora_on(tiny_sdxl, init_lora=str(tmp_path / "other.safetensors"))
+
+
+def test_init_lora_takes_a_runs_folder(tiny_sdxl: Path, tmp_path: Path) -> None:
+    lora = trained(lora_on(tiny_sdxl))
+    exported(lora, tmp_path)
+    again = lora_on(tiny_sdxl, init_lora=str(tmp_path))
+    assert all(torch.equal(p, lora.parameters()[n]) for n, p in again.parameters().items())
+
+
+def test_init_lora_refuses_what_it_cannot_take_whole(tiny_sdxl: Path, tmp_path: Path) -> None:
+    path = exported(trained(lora_on(tiny_sdxl)), tmp_path)
+    tensors, facts = load_file(path), header(path)
+
+    def refused(match: str) -> None:
+        with pytest.raises(ModelError, match=match):
+            lora_on(tiny_sdxl, init_lora=str(path))
+
+    save_file({**tensors, "text_encoder.q.lora_A.weight": torch.zeros(1)}, path, metadata=facts)
+    refused("not a LoRA of the unet alone .* it holds text_encoder.q")
+    save_file({**tensors, "unet.a.to_q.alpha": torch.ones(())}, path, metadata=facts)
+    refused(r"it holds unet\.a\.to_q\.alpha")
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused("does not say its rank and alpha")
+    path.write_bytes(path.read_bytes()[:-100])
+    refused("cannot be read")
 
 
 def test_eval_weights_leave_every_module_in_the_mode_it_was_in(tiny_sdxl: Path) -> None:

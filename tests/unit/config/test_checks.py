@@ -189,3 +189,17 @@ def test_picture_edges_fit_the_familys_grid(place: Workplace) -> None:
     assert place.messages() == ["aspect_bucket_alignment: sd3 needs a multiple of 16 px, got 24"]
     place.config(aspect_bucket_alignment=24)
     assert place.messages() == []
+
+
+def test_the_shape_of_a_schedule_is_asked_only_of_one_that_has_it(place: Workplace) -> None:
+    place.config(lr_scheduler="linear", lr_power=2.0, lr_end=1e-6)
+    assert place.messages() == ["lr_power: lr_scheduler linear has no use for it; remove it"]
+    place.config(lr_scheduler="constant", lr_end=1e-6)
+    assert place.messages() == ["lr_end: lr_scheduler constant has no use for it; remove it"]
+    place.config(lr_scheduler="polynomial", lr_power=2.0, lr_end=1e-6)
+    assert place.messages() == []
+
+
+def test_an_adapter_to_go_on_from_is_looked_for(place: Workplace) -> None:
+    place.config(init_lora="nowhere.safetensors")
+    assert place.messages() == ["init_lora: nowhere.safetensors does not exist; correct the path"]
