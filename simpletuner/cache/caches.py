@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.types import Batch
 
 if TYPE_CHECKING:
-    import torch
-
     from simpletuner.cache.latents import LatentCache
     from simpletuner.cache.text import TextCache
     from simpletuner.core.seeds import Seeds
@@ -48,10 +46,9 @@ class Caches:
         """The conditioning of captions that were prepared, [B, …]."""
         return self.text.embeds(captions)
 
-    @property
-    def vae_dtype(self) -> torch.dtype:
-        """What the VAE runs in."""
-        return self.latents.dtype
+    def open_vae(self) -> Any:
+        """The VAE that latents were made with."""
+        return self.latents.open_vae()
 
     def close(self) -> None:
         """Let the VAE go, and seal what was encoded on demand."""

@@ -5,9 +5,9 @@ Letters: B batch, C channels, F frames, H W height width, L tokens, D width; *S 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -111,20 +111,34 @@ class Batch:
     references: tuple[Tensor, ...] = ()
     controls: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def pinned(self) -> Batch:
+        """The batch in memory a CUDA device can copy from while the CPU goes on."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
     def to(self, place: Place) -> Batch:
         """The batch on `place`: latents stay fp32, text conditioning takes the model's dtype."""
+        later = place.device.type == "cuda"
+        moved = self._each(lambda tensor: tensor.to(place.device, non_blocking=later))
+        return replace(moved, embeds=_cast(moved.embeds, place.dtype))
 
-        def move(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(move(v) for v in value)
-            dtype = place.dtype if value.is_floating_point() else value.dtype
-            return value.to(place.device, dtype, non_blocking=True)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        embeds = {
+            name: tuple(change(v) for v in value) if isinstance(value, tuple) else change(value)
+            for name, value in self.embeds.items()
+        }
+        return replace(self, latents=change(self.latents), embeds=embeds)
 
-        return replace(
-            self,
-            latents=self.latents.to(place.device, non_blocking=True),
-            embeds={name: move(value) for name, value in self.embeds.items()},
-        )
+
+def _cast(embeds: Embeds, dtype: torch.dtype) -> Embeds:
+    """`embeds` with its floating tensors in `dtype`."""
+
+    def cast(value: Tensor) -> Tensor:
+        return value.to(dtype) if value.is_floating_point() else value
+
+    return {
+        name: tuple(cast(v) for v in value) if isinstance(value, tuple) else cast(value)
+        for name, value in embeds.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -59,14 +59,14 @@ class VariancePreserving(ABC):
         """See Objective."""
         abar = self.abar[t]
         signal = _wide(abar.sqrt(), clean)
-        sigma = (1 - abar).sqrt().to(clean.device, non_blocking=True)
+        sigma = (1 - abar).sqrt().to(clean.device)
         spread = _wide(sigma, clean)
         return Draw(
             noisy=signal * clean + spread * noise,
             target=self.target(clean, noise, signal, spread),
             noise=noise,
             sigma=sigma,
-            timestep=t.to(clean.device, torch.float32, non_blocking=True),
+            timestep=t.to(clean.device, torch.float32),
             weight=torch.ones_like(sigma),
         )
 
@@ -75,7 +75,7 @@ class VariancePreserving(ABC):
 
         Looked up: near t = T the first is lost in the rounding of ``sqrt(1 - sigma^2)``.
         """
-        abar = self.abar.to(draw.noisy.device, non_blocking=True)[draw.timestep.long()]
+        abar = self.abar.to(draw.noisy.device)[draw.timestep.long()]
         return _wide(abar.sqrt(), draw.noisy), _wide((1 - abar).sqrt(), draw.noisy)
 
     @abstractmethod
@@ -128,7 +128,7 @@ class Flow:
 
     def draw(self, clean: Tensor, t: Tensor, noise: Tensor) -> Draw:
         """See Objective."""
-        sigma = (t / 1000).float().to(clean.device, non_blocking=True)
+        sigma = (t / 1000).float().to(clean.device)
         share, x0 = _wide(sigma, clean), clean.float()
         return Draw(
             noisy=(1 - share) * x0 + share * noise,
@@ -177,5 +177,5 @@ def objective_of(
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
     """[B] as [B, 1, …] on the device of `like`."""
-    moved = values.to(like.device, non_blocking=True)
+    moved = values.to(like.device)
     return moved.view(-1, *[1] * (like.ndim - 1))

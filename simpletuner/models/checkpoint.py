@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ class Checkpoint:
         folder: A folder in diffusers layout; for a single file, one that holds its configs.
         file: A single ``.safetensors`` file with all weights, or None.
         variant: ``fp16`` and the like, part of the weights' file names.
+        revision: The branch, tag or commit it was fetched from, for the record.
         vae: Another checkpoint's folder to take the VAE from, or None.
         digests: A file that remembers digests by path, size and time: gigabytes are read once.
     """
@@ -37,8 +38,16 @@ class Checkpoint:
     folder: Path
     file: Path | None = None
     variant: str | None = None
+    revision: str | None = None
     vae: Path | None = None
     digests: Path | None = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What names this checkpoint to somebody who wants to open it too; no paths."""
+        facts = {"base_model": self.label, "revision": self.revision, "variant": self.variant}
+        facts["vae"] = self.vae.name if self.vae else None
+        return {name: value for name, value in facts.items() if value}
 
     @cached_property
     def index(self) -> Mapping[str, Any]:
@@ -173,7 +182,8 @@ class Checkpoint:
         if key not in self._known_digests:
             self._known_digests[key] = sha256_file(path)
             if self.digests is not None:
-                write_json(self.digests, self._known_digests)
+                with suppress(OSError):  # a memory only: a full disk is told by what needs it
+                    write_json(self.digests, self._known_digests)
         return self._known_digests[key]
 
     @cached_property
@@ -182,7 +192,7 @@ class Checkpoint:
             return {}
         try:
             return dict(read_json(self.digests))
-        except json.JSONDecodeError:
+        except (ValueError, TypeError):
             return {}  # a memory only: what cannot be read is computed again
 
 

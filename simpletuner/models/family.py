@@ -176,6 +176,13 @@ class Family(ABC):
         kept = {name: output for name, output in named if name is not None}
         return [{name: output[i] for name, output in kept.items()} for i in range(len(captions))]
 
+    def cut(self, pipe: Any, captions: Sequence[str]) -> list[str]:
+        """The captions that even the text encoder with the longest view sees only in part."""
+        tokenizer = pipe.components[self.text_parts[-1]]
+        most = self.text_options.get("tokenizer_max_length") or tokenizer.model_max_length
+        lengths = [len(ids) for ids in tokenizer(list(captions)).input_ids]
+        return [text for text, length in zip(captions, lengths, strict=True) if length > most]
+
     def encode_pixels(
         self, vae: Any, pixels: Tensor, generators: Sequence[torch.Generator]
     ) -> Tensor:

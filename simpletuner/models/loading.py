@@ -60,6 +60,11 @@ def _resolve(
     if settings.pretrained_vae_model_name_or_path:
         vae = _vae_folder(settings.pretrained_vae_model_name_or_path)
     rest = {"variant": settings.variant, "vae": vae, "digests": digests}
+    if path.exists() and settings.revision:
+        raise ConfigError(
+            f"revision: {settings.revision} is asked of {path.name}, which is on this machine",
+            fix="remove it; only models of the hub have revisions",
+        )
     if path.is_file():
         _check_file(path, vae_elsewhere=vae is not None)
         return Checkpoint(path.name, _configs(flavour_repo, path.name), file=path, **rest)  # type: ignore[arg-type]
@@ -75,7 +80,8 @@ def _resolve(
             f"pretrained_model_name_or_path: {name} does not exist on this machine",
             fix="correct the path, or name a model of the hub as owner/name",
         )
-    return Checkpoint(name, fetch(name, settings.revision, settings.variant), **rest)  # type: ignore[arg-type]
+    folder = fetch(name, settings.revision, settings.variant)
+    return Checkpoint(name, folder, revision=settings.revision, **rest)  # type: ignore[arg-type]
 
 
 def _looks_like_path(name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from simpletuner.cache.caches import Caches
-    from simpletuner.core.types import Batch, PlannedBatch
+    from simpletuner.core.types import Batch, Place, PlannedBatch
     from simpletuner.data.plan import BatchPlan
 
 Window = tuple[tuple["PlannedBatch", "Batch"], ...]
@@ -17,11 +17,12 @@ class Prefetcher:
     """Reads windows in order, one ahead; an error is raised where its window is asked for.
 
     Args:
+        place: Whose share is read; a CUDA device gets its batches in pinned memory.
         last: No window at or past this step is read.
     """
 
-    def __init__(self, plan: BatchPlan, caches: Caches, rank: int, last: int) -> None:
-        self._plan, self._caches, self._rank, self._last = plan, caches, rank, last
+    def __init__(self, plan: BatchPlan, caches: Caches, place: Place, last: int) -> None:
+        self._plan, self._caches, self._place, self._last = plan, caches, place, last
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._ahead: tuple[int, Future[Window]] | None = None
 
@@ -39,8 +40,11 @@ class Prefetcher:
 
     def read(self, step: int) -> Window:
         """The batches of one window, read now."""
-        planned = self._plan.window(step, self._rank)
-        return tuple((each, self._caches.batch(each)) for each in planned)
+        planned = self._plan.window(step, self._place.rank)
+        batches = [self._caches.batch(each) for each in planned]
+        if self._place.device.type == "cuda":
+            batches = [batch.pinned() for batch in batches]
+        return tuple(zip(planned, batches, strict=True))
 
     def close(self) -> None:
         """Let the thread go."""

@@ -148,7 +148,7 @@ class Stepper:
         shape = tuple(batch.latents.shape[1:])
         noise = noise_for(batch.samples, planned.epoch, shape, self.seeds)
         batch = batch.to(self.place)
-        noise = noise.to(self.place.device, non_blocking=True)
+        noise = noise.to(self.place.device)
         t = self.objective.timesteps(u, self.family.tokens(batch.latents))
         return batch, self.objective.draw(batch.latents, t, noise)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.errors import ConfigError
+from simpletuner.core.files import safe_name
 
 if TYPE_CHECKING:
     from simpletuner.validation.settings import ValidationSettings
@@ -33,7 +34,7 @@ class Prompts:
         """The unconditional one (unless disabled), the user's library, then validation_prompt.
 
         Raises:
-            ConfigError: The library cannot be read.
+            ConfigError: The library cannot be read, or two prompts would share their files.
         """
         if settings.validation_disable:
             return cls((), settings.validation_negative_prompt)
@@ -44,6 +45,7 @@ class Prompts:
             entries += read_library(Path(settings.user_prompt_library))
         if settings.validation_prompt:
             entries.append(Prompt("validation", settings.validation_prompt))
+        _check_names(entries)
         return cls(tuple(entries), settings.validation_negative_prompt)
 
     def captions(self) -> list[str]:
@@ -51,6 +53,19 @@ class Prompts:
         if not self.entries:
             return []
         return sorted({self.negative, *(entry.text for entry in self.entries)})
+
+
+def _check_names(entries: list[Prompt]) -> None:
+    seen: set[str] = set()
+    for entry in entries:
+        file = safe_name(entry.name).lower()  # some file systems know no case
+        if file in seen:
+            raise ConfigError(
+                f"user_prompt_library: two prompts are called {entry.name!r}, so their pictures"
+                " would overwrite each other",
+                fix="rename it; unconditional and validation are taken by the run's own prompts",
+            )
+        seen.add(file)
 
 
 def read_library(path: Path) -> list[Prompt]:

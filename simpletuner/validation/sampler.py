@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,15 @@ class Sampler:
         scheduler = self._pipe.scheduler
         return {"class": type(scheduler).__name__, **dict(scheduler.config)}
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """The stock pipeline's class, and the dtypes of denoiser and VAE."""
+        return {
+            "pipeline": type(self._pipe).__name__,
+            "dtype": str(self._place.dtype).removeprefix("torch."),
+            "vae_dtype": str(self._pipe.vae.dtype).removeprefix("torch."),
+        }
+
     def picture(self, shot: Shot, embeds: Embeds, negative: Embeds) -> Image:
         """Render one picture.
 
@@ -50,12 +59,16 @@ class Sampler:
             self._move(embeds), self._move(negative), shot.width, shot.height
         )
         with torch.no_grad(), self._autocast():
-            image: Image = self._pipe(
+            latents = self._pipe(
                 **arguments,
                 guidance_scale=shot.guidance,
                 num_inference_steps=shot.num_inference_steps,
                 generator=torch.Generator("cpu").manual_seed(shot.seed),
-            ).images[0]
+                output_type="latent",
+            ).images
+        # outside autocast, which would decode in the model's dtype whatever the VAE's is
+        pixels = self._family.decode_latents(self._pipe.vae, latents)
+        image: Image = self._pipe.image_processor.postprocess(pixels, output_type="pil")[0]
         return image
 
     def _move(self, embeds: Embeds) -> dict[str, Tensor]:
@@ -73,10 +86,10 @@ class Sampler:
 
 @contextmanager
 def open_sampler(
-    family: Family, denoiser: nn.Module, vae_dtype: torch.dtype, place: Place
+    family: Family, denoiser: nn.Module, open_vae: Callable[[], nn.Module], place: Place
 ) -> Iterator[Sampler]:
     """A Sampler with the VAE loaded; frees it afterwards."""
-    vae = family.open_vae(place.device, vae_dtype)
+    vae = open_vae()
     pipe = family.open_sampler(denoiser, vae)
     pipe.set_progress_bar_config(disable=True)
     try:

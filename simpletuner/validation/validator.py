@@ -56,7 +56,7 @@ class Validator:
         denoiser = self.weights.trainable.denoiser
         with (
             self.weights.at("eval"),
-            open_sampler(self.family, denoiser, self.caches.vae_dtype, self.place) as sampler,
+            open_sampler(self.family, denoiser, self.caches.open_vae, self.place) as sampler,
         ):
             return [
                 self._render(sampler, step, prompt, number, size)
@@ -100,11 +100,10 @@ class Validator:
             "guidance_scale": shot.guidance,
             "num_inference_steps": shot.num_inference_steps,
             "scheduler": sampler.scheduler,
-            "base_model": self.family.checkpoint.label,
-            "pipeline": self.family.pipeline,
+            **self.family.checkpoint.facts,
+            **sampler.facts,
             "weights": self._weights_file(step),
             "step": step,
-            "dtype": str(self.place.dtype).removeprefix("torch."),
         }
 
     def _weights_file(self, step: int) -> str | None:

@@ -194,3 +194,23 @@ def _is_unsafe(node: ast.AST) -> bool:
 
 def _is_false(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
+
+
+def test_no_device_is_written_into_the_code() -> None:
+    """Where tensors go is `Place`'s business; asking what kind of device it is, is allowed."""
+    hard = [
+        f"{module.name}:{node.lineno}"
+        for module, node in nodes()
+        if isinstance(node, ast.Call) and _names_an_accelerator(node)
+    ]
+
+    assert not hard
+
+
+def _names_an_accelerator(call: ast.Call) -> bool:
+    function = ast.unparse(call.func)
+    if function.endswith((".cuda", ".mps", ".xpu")) and function.split(".")[0] != "torch":
+        return True
+    words = [*call.args, *(word.value for word in call.keywords)]
+    named = [w.value for w in words if isinstance(w, ast.Constant) and isinstance(w.value, str)]
+    return any(name.split(":")[0] in ("cuda", "mps", "xpu") for name in named)

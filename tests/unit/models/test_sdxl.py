@@ -141,3 +141,10 @@ def test_a_prediction_type_the_user_sets_reaches_the_sampler(tiny_sdxl: Path) ->
     assert family.open_sampler(unet, vae).scheduler.config.prediction_type == "v_prediction"
     plain = open_tiny(tiny_sdxl)
     assert plain.open_sampler(unet, vae).scheduler.config.prediction_type == "epsilon"
+
+
+def test_captions_that_are_longer_than_the_encoders_see_are_found(tiny_sdxl: Path) -> None:
+    family = open_tiny(tiny_sdxl)
+    pipe = family.open_text(CPU)
+    seen, cut = " ".join(["a"] * 75), " ".join(["a"] * 76)  # and the two special tokens
+    assert family.cut(pipe, [seen, cut, ""]) == [cut]
