@@ -14,7 +14,7 @@ python=$(scripts/setup.sh)
 
 # The example's base model has random weights for now, so it is made and not shipped.
 emoji_base=config/examples/emoji/base
-if [ "${ENV:-}" = examples/emoji ] && [ ! -e "$emoji_base" ]; then
+if [[ "${ENV:-} $*" == *emoji* ]] && [ ! -e "$emoji_base" ]; then
     echo "making the example's base model"
     HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error "$python" -m tests.tiny.build sdxl "$emoji_base.partial"
     mv "$emoji_base.partial" "$emoji_base"

@@ -19,7 +19,7 @@ from simpletuner.cache.stage import (
     release_memory,
     require_finite,
 )
-from simpletuner.cache.store import TensorStore
+from simpletuner.cache.store import TensorStore, naming
 from simpletuner.core.errors import CacheError
 from simpletuner.core.seeds import Seeds, key64
 from simpletuner.data.pixels import PictureError
@@ -62,11 +62,6 @@ class LatentCache:
         self._place, self._seeds = place, seeds
         self._model = family.fingerprint("vae")
         self._vae: Any = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the VAE runs in."""
-        return self._place.dtype
 
     # --- before training -------------------------------------------------------------------------
 
@@ -176,7 +171,8 @@ class LatentCache:
         (slot,) = store.layout(int(rows[0]))
         batch = torch.empty((len(rows), *slot.shape), dtype=slot.dtype)
         for i, row in enumerate(rows.tolist()):
-            store.read_into(row, {TENSOR: batch[i]})
+            with naming(f"the latents of {samples[i].path}"):
+                store.read_into(row, {TENSOR: batch[i]})
         return batch
 
     def _add(self, source: DataSource, samples: Mapping[bytes, Sample]) -> None:
@@ -222,12 +218,13 @@ class LatentCache:
     ) -> torch.Tensor:
         """[B, C, h, w] fp32 on the device, of B uint8 pictures [3, H, W]."""
         if self._vae is None:
-            self._vae = self._open()
-        batch = torch.stack(list(pixels)).to(self._place.device, non_blocking=True)
+            self._vae = self.open_vae()
+        batch = torch.stack(list(pixels)).to(self._place.device)
         with torch.no_grad():
             return self._family.encode_pixels(self._vae, batch.float() / 127.5 - 1, noise).float()
 
-    def _open(self) -> Any:
+    def open_vae(self) -> Any:
+        """The family's VAE as the settings want it; whoever opens it lets it go."""
         vae = self._family.open_vae(self._place.device, self._place.dtype)
         if self._settings.vae_enable_tiling:
             vae.enable_tiling()

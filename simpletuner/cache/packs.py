@@ -3,6 +3,7 @@
     <stem>.partial          being written, or left by a kill; never read by others
     <stem>.safetensors      sealed: the truth
     <stem>.parquet          where each entry lies: `simpletuner.cache.parts`
+    <stem>.<key>.damaged    a reader found that entry damaged: it counts as missing
 
 The header has a fixed size and is written last, so nothing is gathered in memory for its sake. The
 tensors of an entry lie side by side, each at a multiple of 64 in the file; filler tensors named
@@ -29,7 +30,7 @@ from simpletuner.core.files import fsync_folder
 
 HEADER_BYTES = 1 << 20
 ALIGNMENT = 64
-PACK, PART, PARTIAL = ".safetensors", ".parquet", ".partial"
+PACK, PART, PARTIAL, DAMAGED = ".safetensors", ".parquet", ".partial", ".damaged"
 KEY_BYTES = 16
 
 DTYPES = MappingProxyType(

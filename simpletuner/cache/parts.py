@@ -55,7 +55,12 @@ def as_table(entries: Sequence[Entry]) -> pa.Table:
 def write_part(path: Path, entries: Sequence[Entry]) -> None:
     """Write the part of a pack, whole or not at all."""
     table = as_table(entries).replace_schema_metadata({"pack": path.stem, "format": _FORMAT})
-    write_through(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+    write_through(
+        path,
+        lambda temporary: pq.write_table(
+            table, temporary, compression="zstd", write_page_checksum=True
+        ),
+    )
 
 
 def read_part(path: Path, pack_bytes: int) -> pa.Table:
@@ -65,10 +70,10 @@ def read_part(path: Path, pack_bytes: int) -> pa.Table:
         DamagedPackError: It cannot be read, is not this pack's, or the pack has another length.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata = file.schema_arrow.metadata or {}
             table = file.read().cast(_SCHEMA)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DamagedPackError(f"cannot be read: {error}") from None
     if metadata.get(b"pack") != path.stem.encode() or metadata.get(b"format") != _FORMAT.encode():
         raise DamagedPackError("belongs to another pack or another version")

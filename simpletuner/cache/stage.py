@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
 
@@ -70,6 +70,10 @@ class EncodingStage:
                 require_finite(tensor, self._name, self._fix)
             store.put(key, ours)
 
+    def _seal(self) -> None:
+        for store in self._stores.values():
+            store.seal()
+
     def __enter__(self) -> Self:
         self._bus.emit(Stage(stage=self._name, state="running", total=self._total))
         return self
@@ -80,11 +84,16 @@ class EncodingStage:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=True)
-        for store in self._stores.values():
-            store.seal()
-        while self._waiting:
-            self._waiting.popleft().result()
+        # On the writer's thread, for an order to leave is raised in this one, and may be just now.
+        # The future is waited for, not the thread: a join that is broken off counts as done.
+        sealed = self._pool.submit(self._seal)
+        try:
+            wait([sealed])
+        finally:
+            wait([sealed])
+            self._pool.shutdown()
+        for future in (*self._waiting, sealed):
+            future.result()
         if error is None:
             self._bus.emit(
                 Stage(stage=self._name, state="finished", done=self._done, total=self._total)

@@ -1,8 +1,8 @@
 """A folder of packs: tensors by key, written once, read at offsets straight into the batch.
 
 No locks and no coordinator: each process writes packs of its own and sees those of others when it
-looks for a key it does not know. A pack that is damaged is refused and reported; its entries count
-as missing, so the next start encodes them again.
+looks for a key it does not know. A pack that is damaged is refused and reported, an entry that is
+damaged is marked; they count as missing, so the next start encodes them again.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from simpletuner.cache.disk import Descriptor
 from simpletuner.cache.index import Index, Row
 from simpletuner.cache.packs import (
+    DAMAGED,
     PACK,
     PART,
     PARTIAL,
@@ -44,6 +47,7 @@ from simpletuner.cache.parts import (
     write_part,
 )
 from simpletuner.core.errors import CacheError
+from simpletuner.core.files import free_space, write_bytes
 
 if TYPE_CHECKING:
     from simpletuner.core.events import Bus
@@ -51,6 +55,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _OPEN_PACKS = 128
+
+
+class DamagedEntryError(CacheError):
+    """An entry cannot be read back as it was written; it was marked where that is possible."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Say what a damaged entry held, in the user's words."""
+    try:
+        yield
+    except DamagedEntryError as error:
+        raise DamagedEntryError(f"{error.message} ({what})", fix=error.fix) from None
 
 
 class TensorStore:
@@ -86,6 +103,7 @@ class TensorStore:
         self._index = Index()
         self._packs: list[Path] = []
         self._known: set[str] = set()
+        self._marked: dict[str, set[bytes]] = {}  # damaged entries by the stem of their pack
         self._writer: PackWriter | None = None
         self._writing = -1  # the number of the pack being written
         self._descriptors: OrderedDict[int, Descriptor] = OrderedDict()
@@ -159,7 +177,8 @@ class TensorStore:
             out: Contiguous CPU tensors, or slices of a batch, of the entry's dtypes and shapes.
 
         Raises:
-            CacheError: The pack is gone, too short, or has a byte that was not written so.
+            CacheError: The pack is gone.
+            DamagedEntryError: The entry is cut short, or has a byte that was not written so.
         """
         with self._lock:
             found = self._index.row(row)
@@ -211,12 +230,17 @@ class TensorStore:
         return descriptor
 
     def _damaged(self, row: Row, what: str) -> NoReturn:
+        """Mark the entry, so that the next start encodes it again, and nothing else."""
         path = self._packs[row.pack]
-        raise CacheError(
-            f"{path} {what} at entry {row.key.hex()}",
-            fix=f"remove {path.name} and {path.stem}{PART} there and start again: "
-            "what was in it is encoded again",
-        ) from None
+        try:
+            write_bytes(self.folder / f"{path.stem}.{row.key.hex()}{DAMAGED}", b"")
+            fix = "start again: it is encoded again, and the rest is kept"
+        except OSError:
+            fix = (
+                f"remove {path.name} and {path.stem}{PART} there and start again: "
+                "what was in it is encoded again"
+            )
+        raise DamagedEntryError(f"{path} {what} at entry {row.key.hex()}", fix=fix) from None
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -288,8 +312,8 @@ class TensorStore:
         self._writer = None
         raise CacheError(
             f"the cache in {self.folder} cannot be written: {error.strerror}",
-            fix="free space there or set the cache folder to another disk, then start again: "
-            "only what is missing is encoded",
+            fix=f"{free_space(self.folder)}: make room, or set the cache's folder to another disk, "
+            "then start again: only what is missing is encoded",
         ) from error
 
     # --- the folder ------------------------------------------------------------------------------
@@ -311,16 +335,30 @@ class TensorStore:
             self.partials = sum(name.endswith(PARTIAL) for name in names)
         stems = {Path(name).stem for name in names if name.endswith((PACK, PART))}
         found = []
+        self._note_damaged(names)
         for stem in sorted(stems - self._known):
             if rebuild or {f"{stem}{PACK}", f"{stem}{PART}"} <= names:
                 self._known.add(stem)
                 table = self._read(stem, names)
                 if table is not None:
                     self._packs.append(self.folder / f"{stem}{PACK}")
-                    found.append((table, len(self._packs) - 1))
+                    found.append((self._undamaged(stem, table), len(self._packs) - 1))
         if found:
             self._index.settle(found)
         return bool(found)
+
+    def _note_damaged(self, names: Collection[str]) -> None:
+        for name in names:
+            if name.endswith(DAMAGED):
+                stem, _, key = name.removesuffix(DAMAGED).rpartition(".")
+                self._marked.setdefault(stem, set()).add(bytes.fromhex(key))
+
+    def _undamaged(self, stem: str, table: pa.Table) -> pa.Table:
+        marked = self._marked.get(stem)
+        if not marked:
+            return table
+        keys = pa.array(sorted(marked), table.schema.field("key").type)
+        return table.filter(pc.invert(pc.is_in(table["key"], value_set=keys)))
 
     def _read(self, stem: str, names: Collection[str]) -> pa.Table | None:
         """The part of a pack, rebuilt if need be; None if the pack cannot be used."""
@@ -360,6 +398,14 @@ class TensorStore:
                 f"{self.folder / name} is not used: {reason}; what it held counts as missing",
                 level="warning",
             )
+        for stem, keys in self._marked.items():
+            gone = [key.hex() for key in self.missing(list(keys))]
+            if gone:
+                self._bus.notice(
+                    f"{self.folder / stem}{PACK} was found damaged at {', '.join(gone)};"
+                    " this counts as missing",
+                    level="warning",
+                )
         if self.partials:
             self._bus.notice(
                 f"{self.partials} unfinished packs in {self.folder} are not used; files ending in "

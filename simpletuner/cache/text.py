@@ -12,6 +12,7 @@ import torch
 
 from simpletuner.cache.fingerprint import text_key
 from simpletuner.cache.stage import EncodingStage, nothing_to_encode, release_memory
+from simpletuner.cache.store import naming
 from simpletuner.core.errors import CacheError
 
 if TYPE_CHECKING:
@@ -78,12 +79,19 @@ class TextCache:
             for name in self._family.layouts
         }
         for i, row in enumerate(rows.tolist()):
-            self._store.read_into(row, {name: tensor[i] for name, tensor in batch.items()})
+            with naming(f"the caption {captions[i]!r}"):
+                self._store.read_into(row, {name: tensor[i] for name, tensor in batch.items()})
         return batch
 
     def _encode(self, captions: dict[bytes, str], bus: Bus) -> None:
         keys = list(captions)
         pipe = self._family.open_text(self._place)
+        if cut := self._family.cut(pipe, list(captions.values())):
+            bus.notice(
+                f"{len(cut)} of {len(captions)} captions are longer than the text encoders see;"
+                f" what comes after is not learned, for example of {cut[0][:60]!r}",
+                "warning",
+            )
         with EncodingStage(STAGE, len(keys), bus, _FIX) as stage:
             for start in range(0, len(keys), self._batch_size):
                 group = keys[start : start + self._batch_size]

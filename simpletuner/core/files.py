@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
-from simpletuner.core.errors import SimpleTunerError
+from simpletuner.core.errors import ConfigError, SimpleTunerError, TrainingError
+
+TEMPORARY, PARTIAL, REMOVING = ".tmp", ".partial", ".removing"
+"""Endings of what is being written, filled and removed; a kill leaves them, nothing reads them."""
 
 
 def fsync_folder(folder: Path) -> None:
@@ -27,20 +32,28 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_through(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then fsync it and rename it into place.
+    """Let `write` fill a file in a folder of its own beside `path`, then fsync and rename it.
 
-    The file at `path` is the old one or the new one, never a part of it; a failed write leaves
-    nothing behind.
+    The file at `path` is the old one or the new one, never a part of it. A failed write leaves
+    nothing behind; a kill leaves a folder ``.NAME.….tmp``, with whatever temporary files the
+    library that writes makes for itself.
+
+    Raises:
+        OSError: The disk refused.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    place = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    place.mkdir()
     try:
+        temporary = place / path.name
         write(temporary)
+        # Some libraries make files that nobody else may read; the folder knows the user's umask.
+        temporary.chmod(place.stat().st_mode & 0o666)
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
     fsync_folder(path.parent)
 
 
@@ -101,13 +114,61 @@ def safe_join(root: Path, relative: str) -> Path:
     return path
 
 
+def publish_folder(partial: Path, final: Path) -> None:
+    """Give a folder that was written whole its name, in place of one that has it already.
+
+    Raises:
+        OSError: The disk refused; what had the name has it still.
+    """
+    doomed = final.with_name(f"{final.name}{REMOVING}")
+    if final.exists():
+        shutil.rmtree(doomed, ignore_errors=True)
+        final.rename(doomed)
+    try:
+        partial.rename(final)
+    except OSError:
+        if doomed.exists():
+            doomed.rename(final)
+        raise
+    fsync_folder(final.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder of ours; a kill in between never leaves a half one that looks whole."""
-    doomed = folder.with_name(f"{folder.name}.removing")
+    doomed = folder.with_name(f"{folder.name}{REMOVING}")
     if doomed.exists():
         shutil.rmtree(doomed)
     folder.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write_through` left in `folder` at a kill; nobody else may be writing there."""
+    for left in folder.glob(f".*.{'[0-9a-f]' * 8}{TEMPORARY}"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def writing(kind: type[SimpleTunerError], what: str, folder: Path, fix: str) -> Iterator[None]:
+    """Turn the disk's refusal to take `what` into an error of `kind` that names `folder`.
+
+    Args:
+        fix: What to do when there is room again; the room there is now is said before it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(
+            f"{what} cannot be written to {folder}: {error.strerror or error}",
+            fix=f"{free_space(folder)}: {fix}",
+        ) from error
+
+
+def free_space(folder: Path) -> str:
+    """``"1.5 GB are free there"``, of the disk that `folder` is or would be on."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return f"{shutil.disk_usage(there).free / 1e9:.1f} GB are free there"
 
 
 @dataclass(frozen=True)
@@ -144,3 +205,54 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """The checkpoint after optimizer step `step`."""
         return self.root / f"checkpoint-{step}"
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Turn the disk's refusal to take `what` into a TrainingError that says how to go on."""
+        fix = (
+            "make room, or set output_dir to another disk and copy the folder there; then start"
+            " again with the same command: the run goes on from its last checkpoint"
+        )
+        with writing(TrainingError, what, self.root, fix):
+            yield
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A folder for files that are looked at before they take their place; gone afterwards."""
+        place = self.root / f".staging.{secrets.token_hex(4)}{TEMPORARY}"
+        place.mkdir()
+        try:
+            yield place
+            fsync_folder(self.root)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second run out of the folder; the system lets go of the lock of a killed one.
+
+        Raises:
+            ConfigError: Another run has it.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"another run is writing to {self.root}",
+                fix="wait for it or stop it, or set another output_dir",
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def sweep(self) -> None:
+        """Remove what a kill left half written or half removed."""
+        sweep(self.root)
+        sweep(self.images)
+        for ending in (PARTIAL, REMOVING):
+            for left in self.root.glob(f"checkpoint-*{ending}"):
+                shutil.rmtree(left, ignore_errors=True)

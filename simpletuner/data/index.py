@@ -21,8 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from simpletuner.core.errors import CacheError
 from simpletuner.core.events import Bus, Stage, StageProgress
-from simpletuner.core.files import write_through
+from simpletuner.core.files import write_through, writing
 from simpletuner.data.captions import decode_text, text_key
 from simpletuner.data.probe import probe
 from simpletuner.data.storage.base import Storage
@@ -96,21 +97,31 @@ class Index:
     def load(self) -> pa.Table:
         """The table as it was saved; empty if there is none that can be read."""
         try:
-            table = pq.read_table(self.file)
+            table = pq.read_table(self.file, page_checksum_verification=True)
+            if (table.schema.metadata or {}).get(b"format") != FORMAT:
+                return COLUMNS.empty_table()
+            return table.select(COLUMNS.names).cast(COLUMNS)
         except FileNotFoundError:
             return COLUMNS.empty_table()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             self.bus.notice(f"the index {self.file} is made anew: {error}", "warning")
             return COLUMNS.empty_table()
-        known = table.schema.metadata is not None and (
-            table.schema.metadata.get(b"format") == FORMAT
-        )
-        return table.select(COLUMNS.names) if known else COLUMNS.empty_table()
 
     def save(self, table: pa.Table) -> None:
-        """Replace the file by `table`, whole or not at all."""
+        """Replace the file by `table`, whole or not at all.
+
+        Raises:
+            CacheError: The disk refused.
+        """
         marked = table.replace_schema_metadata({b"format": FORMAT})
-        write_through(self.file, lambda path: pq.write_table(marked, path, compression="zstd"))
+        fix = "make room, or set cache_dir to another disk, then start again"
+        with writing(CacheError, self.file.name, self.file.parent, fix):
+            write_through(
+                self.file,
+                lambda path: pq.write_table(
+                    marked, path, compression="zstd", write_page_checksum=True
+                ),
+            )
 
     def scan(self, *, texts: bool) -> pa.Table:
         """Bring the table up to date and save it.
@@ -120,6 +131,7 @@ class Index:
 
         Raises:
             DataError: The dataset cannot be listed.
+            CacheError: The table cannot be saved.
         """
         old = self.load()
         keys = self._nameable(self.storage.keys())

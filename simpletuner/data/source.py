@@ -150,6 +150,23 @@ class DataSource:
                 found.update(self._captions.captions(path, text))
         return sorted(found)
 
+    def caption_digest(self) -> str:
+        """Changes when a picture's captions do, and when they are drawn in another way.
+
+        Pictures count in the order of their content, so that a new folder name changes nothing.
+        """
+        order = pa.array(np.lexsort((np.arange(len(self)), self.keys)))
+        digest = blake2b(digest_size=16)
+        columns = [self._texts]
+        if self.settings.caption_strategy == "filename":
+            columns.append(pc.replace_substring_regex(self._paths, r"^.*/|\.[^.]*$", ""))
+        for column in columns:
+            for text in column.take(order).to_pylist():
+                digest.update(repr(text).encode())
+        told = self.settings.model_dump(mode="json", include=_CAPTION_SETTINGS)
+        digest.update(repr(sorted(told.items())).encode())
+        return digest.hexdigest()
+
     def sample(self, row: int, epoch: int, occurrence: int, seeds: Seeds) -> Sample:
         """One draw of a picture; depends on its content and the draw, not on its row or rank."""
         content = bytes(self.content[row])
@@ -263,6 +280,16 @@ class DataSource:
         twins = count - len(np.unique(self.content))
         if twins:
             say(f"{name}: {_pictures(twins)} with exactly the bytes of another", "warning")
+
+
+_CAPTION_SETTINGS = {
+    "caption_dropout_probability",
+    "caption_strategy",
+    "disable_multiline_split",
+    "instance_prompt",
+    "only_instance_prompt",
+    "prepend_instance_prompt",
+}
 
 
 def _pictures(count: int) -> str:

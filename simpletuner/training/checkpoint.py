@@ -15,34 +15,40 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from simpletuner.adapters.export import read_tensors
-from simpletuner.core.errors import DataError, SimpleTunerError, TrainingError
+from simpletuner.adapters.export import read_tensors, write_tensors
+from simpletuner.core.errors import DataError, TrainingError
 from simpletuner.core.events import Bus, CheckpointSaved
 from simpletuner.core.files import (
+    PARTIAL,
     RunFolder,
     fsync_folder,
+    publish_folder,
     read_json,
     remove_folder,
     sha256_file,
+    sweep,
     write_json,
-    write_through,
 )
 from simpletuner.optim.build import load_optimizer_tensors, optimizer_tensors
+from simpletuner.training.identity import changed
 
 if TYPE_CHECKING:
     from simpletuner.adapters.weights import Weights
     from simpletuner.training.state import TrainState
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_FORMAT = 1
+_NEEDED = frozenset({"trainable.safetensors", "optimizer.safetensors", "state.json"})
 
 
-class DamagedCheckpoint(SimpleTunerError):
+class DamagedCheckpoint(TrainingError):
     """A checkpoint's files are not those of its manifest."""
 
 
@@ -64,9 +70,14 @@ def verify(folder: Path) -> None:
     if not manifest.is_file():
         raise DamagedCheckpoint(f"{folder.name} has no manifest.json")
     try:
-        files: Mapping[str, Any] = read_json(manifest)["files"]
-    except (ValueError, KeyError) as error:
+        described = read_json(manifest)
+        format_, files = described["format"], dict(described["files"])
+    except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{folder.name}/manifest.json cannot be read") from error
+    if format_ != _FORMAT:
+        raise DamagedCheckpoint(f"{folder.name} is of another version of simpletuner")
+    for name in sorted(_NEEDED - files.keys()):
+        raise DamagedCheckpoint(f"{folder.name}/manifest.json does not list {name}")
     for name, facts in files.items():
         path = folder / name
         if not path.is_file():
@@ -92,26 +103,30 @@ class Checkpointer:
     bus: Bus
 
     def save(self, state: TrainState) -> Path:
-        """Write ``checkpoint-N`` whole, then remove the oldest over the limit."""
+        """Write ``checkpoint-N`` whole, then remove the oldest over the limit.
+
+        Raises:
+            TrainingError: The disk refused; the checkpoints before it are as they were.
+        """
         began = time.perf_counter()
         final = self.folder.checkpoint(state.step)
-        partial = final.with_name(f"{final.name}.partial")
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        self._write(partial, state)
-        if final.exists():  # the same step again, after a resume that changed nothing else
-            remove_folder(final)
-        partial.rename(final)
-        fsync_folder(final.parent)
+        partial = final.with_name(f"{final.name}{PARTIAL}")
+        with self.folder.writing(final.name):
+            try:
+                if partial.exists():
+                    shutil.rmtree(partial)
+                partial.mkdir(parents=True)
+                self._write(partial, state)
+                publish_folder(partial, final)
+            except OSError:  # on a full disk what is half written must not take the room
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
         self._rotate(final)
         seconds = time.perf_counter() - began
         self.bus.emit(CheckpointSaved(step=state.step, folder=final, seconds=seconds))
         return final
 
     def _write(self, folder: Path, state: TrainState) -> None:
-        from safetensors.torch import save_file
-
         trainable = self.weights.trainable
         with self.weights.at("eval"):
             trainable.export(folder, self.metadata(state))
@@ -122,23 +137,37 @@ class Checkpointer:
             }
             for name, found in tensors.items():
                 ready = {k: v.detach().cpu().contiguous() for k, v in found.items()}
-                write_through(
-                    folder / f"{name}.safetensors", lambda path, ready=ready: save_file(ready, path)
-                )
+                write_tensors(folder / f"{name}.safetensors", ready)
         write_json(folder / "state.json", state.as_dict())
         files = {
             path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(folder.iterdir())
         }
-        write_json(folder / "manifest.json", {"format": 1, "files": files})
+        write_json(folder / "manifest.json", {"format": _FORMAT, "files": files})
 
     def _rotate(self, newest: Path) -> None:
         kept = [path for _, path in found_checkpoints(self.folder.root)]
         for path in kept[self.limit or len(kept) :]:
-            if path != newest:
+            if path == newest:
+                continue
+            try:
                 remove_folder(path)
-        for stale in self.folder.root.glob("checkpoint-*.removing"):
-            shutil.rmtree(stale, ignore_errors=True)
+            except OSError as error:  # the new one is complete: nothing is lost by keeping more
+                self.bus.notice(f"{path.name} cannot be removed: {error.strerror}", "warning")
+
+    def _recover(self) -> None:
+        """Name a checkpoint that a kill left whole but unnamed; remove other leavings of kills."""
+        for partial in sorted(self.folder.root.glob(f"checkpoint-*{PARTIAL}")):
+            final = partial.with_suffix("")
+            if final.exists():
+                continue
+            try:
+                verify(partial)
+            except DamagedCheckpoint:
+                continue
+            sweep(partial)
+            publish_folder(partial, final)
+        self.folder.sweep()
 
     # --- resuming ------------------------------------------------------------------------------
 
@@ -156,11 +185,13 @@ class Checkpointer:
             TrainingError: The one named does not exist or is damaged, or none verifies.
             DataError: The data is not what the checkpoint was trained on.
         """
+        self._recover()
         folder = self._choose(wanted)
         if folder is None:
+            self._set_aside(0)
             return None
         facts = read_json(folder / "state.json")
-        self._check_plan(facts, on_data_change)
+        self._check_identity(facts, on_data_change)
         self._check_numbers(facts)
         self._load_trainable(folder)
         load_optimizer_tensors(
@@ -171,7 +202,31 @@ class Checkpointer:
         self.state.step = facts["step"]
         self.state.epoch = facts["epoch"]
         self.state.samples_seen = facts["samples_seen"]
+        self._set_aside(self.state.step + 1)
         return folder
+
+    def _set_aside(self, first: int) -> None:
+        """Move checkpoints of step `first` and later out of the way: they are of another future.
+
+        Rotation would keep them for the larger number, and the next start would resume them.
+        """
+        others = [path for step, path in found_checkpoints(self.folder.root) if step >= first]
+        if not others:
+            return
+        aside = next(
+            place
+            for number in count(1)
+            if not (place := self.folder.root / f"previous-{number}").exists()
+        )
+        with self.folder.writing(aside.name):
+            aside.mkdir()
+            for path in others:
+                path.rename(aside / path.name)
+            fsync_folder(self.folder.root)
+        names = ", ".join(path.name for path in reversed(others))
+        self.bus.notice(
+            f"{names} of an earlier run moved to {aside.name}/; remove it when you like"
+        )
 
     def _choose(self, wanted: str) -> Path | None:
         if wanted == "none":
@@ -186,7 +241,14 @@ class Checkpointer:
                     f" {self.folder.root}",
                     fix=f"there are: {self._names()}",
                 )
-            verify(folder)
+            try:
+                verify(folder)
+            except DamagedCheckpoint as error:
+                raise TrainingError(
+                    f"resume_from_checkpoint: {error.message}",
+                    fix=f"resume_from_checkpoint=latest takes the newest that is whole; there are:"
+                    f" {self._names()}",
+                ) from None
             return folder
         damaged = []
         for _, folder in found_checkpoints(self.folder.root):
@@ -207,14 +269,18 @@ class Checkpointer:
     def _names(self) -> str:
         return ", ".join(path.name for _, path in found_checkpoints(self.folder.root)) or "none"
 
-    def _check_plan(self, facts: Mapping[str, Any], on_data_change: str) -> None:
-        before, now = dict(facts["plan"]), dict(self.state.plan)
-        if facts["seed"] != self.state.seed:
-            before["seed"], now["seed"] = str(facts["seed"]), str(self.state.seed)
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        if not changed:
+    def _check_identity(self, facts: Mapping[str, Any], on_data_change: str) -> None:
+        if other := changed(facts["model"], self.state.model):
+            was = ", ".join(f"{name} {facts['model'].get(name)}" for name in other)
+            raise TrainingError(
+                f"the checkpoint is of another model: {', '.join(other)} changed",
+                fix=f"set it back (it was {was}), or start over: resume_from_checkpoint=none",
+            )
+        before = {**facts["data"], "seed": str(facts["seed"])}
+        other = changed(before, {**self.state.data, "seed": str(self.state.seed)})
+        if not other:
             return
-        what = ", ".join(changed)
+        what = ", ".join(other)
         if on_data_change != "continue":
             raise DataError(
                 f"the checkpoint was trained on other data: {what} changed",

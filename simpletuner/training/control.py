@@ -17,7 +17,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Control:
     """Listens to signals while it is open.
 
-    Before the loop a signal raises Interrupted, and what was encoded so far is sealed on the way
+    Outside the loop a signal raises Interrupted, and what was encoded so far is sealed on the way
     out. Inside `deferred` the first one is remembered for the loop, which finishes its step and
     saves; the second one ends the process at once, with the last checkpoint intact.
     """
@@ -52,7 +52,7 @@ class Control:
         if not self._deferred:
             raise Interrupted(
                 number,
-                f"stopped by {signal.Signals(number).name} before the first step;"
-                " what was encoded is kept",
-                fix="start it again with the same command",
+                f"stopped by {signal.Signals(number).name} outside the steps;"
+                " what was encoded and saved is kept",
+                fix="start it again with the same command: it does what is missing",
             )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.adapters.export import LORA_FILE
 from simpletuner.core.events import Bus, RunFinished, RunStarted
 from simpletuner.core.files import RunFolder, write_json
+from simpletuner.core.section import hint_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from simpletuner.adapters.method import Trainable, Verified
     from simpletuner.config.root import Config
+    from simpletuner.core.section import Section
     from simpletuner.core.types import Place
     from simpletuner.data.plan import BatchPlan
+    from simpletuner.data.settings import Datasets
     from simpletuner.data.source import DataSource
     from simpletuner.models.family import Family
     from simpletuner.training.state import TrainState
@@ -25,14 +28,17 @@ if TYPE_CHECKING:
 class Report:
     """Tells the bus and the output folder what runs and how it ended."""
 
-    def __init__(self, config: Config, family: Family, folder: RunFolder, bus: Bus) -> None:
-        self._config, self._family, self._folder, self._bus = config, family, folder, bus
+    def __init__(
+        self, config: Config, datasets: Datasets, family: Family, folder: RunFolder, bus: Bus
+    ) -> None:
+        self._config, self._datasets, self._family = config, datasets, family
+        self._folder, self._bus = folder, bus
         self._facts: dict[str, Any] = {}
 
     def metadata(self, state: TrainState) -> dict[str, str]:
         """The header of the user's weights: facts for the reader, no paths, no secrets."""
         adapter = self._config.adapter
-        trigger = self._config.data.instance_prompt
+        triggers = sorted({p for e in self._datasets.training for p in _prompts(e.instance_prompt)})
         facts = {
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": f"{self._family.name}/{adapter.model_type}",
@@ -44,8 +50,8 @@ class Report:
             "steps": str(state.step),
             "simpletuner_version": state.versions["simpletuner"],
         }
-        if isinstance(trigger, str) and trigger:
-            facts["modelspec.trigger_phrase"] = trigger
+        if triggers:
+            facts["modelspec.trigger_phrase"] = ", ".join(triggers)
         return facts
 
     def started(
@@ -63,8 +69,9 @@ class Report:
         if resumed is not None:
             summary["resumed"] = f"{resumed.name}, {state.step} steps done"
         self._facts = {"versions": dict(state.versions), "summary": summary, "result": None}
-        write_json(self._folder.resolved_config, flat(self._config))
-        write_json(self._folder.run, self._facts)
+        with self._folder.writing(self._folder.resolved_config.name):
+            write_json(self._folder.resolved_config, self._resolved())
+        self._write_facts()
         self._bus.emit(
             RunStarted(
                 summary=summary, total_steps=timetable.total_steps, first_step=state.step + 1
@@ -108,6 +115,25 @@ class Report:
             "output": str(self._folder.root),
         }
 
+    def _resolved(self) -> dict[str, Any]:
+        """Every setting as the run uses it: what was left open is filled in."""
+        config = self._config
+        settings: dict[str, Any] = {}
+        for section in dict(config).values():
+            settings |= _settings_in_use(section)
+        settings["lora_alpha"] = config.adapter.lora_alpha or config.adapter.lora_rank
+        settings["prediction_type"] = self._family.prediction_type
+        settings["pretrained_model_name_or_path"] = (
+            config.model.pretrained_model_name_or_path or self._family.checkpoint.label
+        )
+        if config.validation.validation_seed is None:
+            settings["validation_seed"] = config.runtime.seed
+        return {
+            "settings": settings,
+            "datasets": [_settings_in_use(entry) for entry in self._datasets.training],
+            "text_embeds": _settings_in_use(self._datasets.text_embeds),
+        }
+
     def finished(self, state: TrainState, file: Path, verified: Verified) -> None:
         """Complete run.json and tell the closing block; its last line says what was verified."""
         self._facts["result"] = {
@@ -117,11 +143,15 @@ class Report:
             "verified": str(verified),
             "largest_relative_error": verified.largest_error,
         }
-        write_json(self._folder.run, self._facts)
+        self._write_facts()
         lines = [f"weights: {file}", *self._usage(), str(verified)]
         self._bus.emit(
             RunFinished(step=state.step, weights=file, verified=str(verified), lines=lines)
         )
+
+    def _write_facts(self) -> None:
+        with self._folder.writing(self._folder.run.name):
+            write_json(self._folder.run, self._facts)
 
     def _usage(self) -> list[str]:
         base = self._config.model.pretrained_model_name_or_path or self._family.checkpoint.label
@@ -133,7 +163,14 @@ class Report:
         ]
 
 
-def flat(config: Config) -> Mapping[str, Any]:
-    """Every setting with a value, by the user's keys."""
-    sections = config.model_dump(mode="json", exclude_none=True)
-    return {key: value for section in sections.values() for key, value in section.items()}
+def _prompts(setting: str | Sequence[str] | None) -> list[str]:
+    if not setting:
+        return []
+    return [setting] if isinstance(setting, str) else list(setting)
+
+
+def _settings_in_use(section: Section) -> dict[str, Any]:
+    """Every value of a section that something reads, as JSON values."""
+    fields = type(section).model_fields
+    values = section.model_dump(mode="json")
+    return {key: values[key] for key, field in fields.items() if hint_of(field).pending is not True}

@@ -10,6 +10,7 @@ import torch
 
 from simpletuner.adapters.method import method_of
 from simpletuner.adapters.weights import Weights
+from simpletuner.core.errors import TrainingError
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Place
 from simpletuner.data.plan import BatchPlan
@@ -21,6 +22,7 @@ from simpletuner.precision.fit import fit
 from simpletuner.runtime.runtime import Runtime
 from simpletuner.training.checkpoint import Checkpointer
 from simpletuner.training.control import Control
+from simpletuner.training.identity import data_identity, model_identity
 from simpletuner.training.precompute import precompute
 from simpletuner.training.prefetch import Prefetcher
 from simpletuner.training.report import Report
@@ -47,8 +49,15 @@ def train(config: Config, datasets: Datasets, folder: RunFolder, bus: Bus) -> Pa
     Raises:
         SimpleTunerError: Of the kind that failed; what was saved before stays.
     """
-    with Control() as control:
-        return _train(config, datasets, folder, bus, control)
+    with folder.locked(), Control() as control:
+        try:
+            return _train(config, datasets, folder, bus, control)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise TrainingError(
+                f"the memory is full: {str(error).splitlines()[0] if str(error) else 'of the CPU'}",
+                fix="lower train_batch_size or resolution, or set gradient_checkpointing true and"
+                " mixed_precision bf16; the next start resumes from the last checkpoint",
+            ) from error
 
 
 def _train(
@@ -79,8 +88,13 @@ def _train(
     fit(denoiser, config.precision)
     weights = Weights(trainable, build_optimizer(config.optimizer, trainable.groups(), seeds))
     # 5. where the run stands
-    state = TrainState(plan.fingerprint, seeds.seed, torch.get_num_threads())
-    report = Report(config, family, folder, bus)
+    state = TrainState(
+        data_identity(plan, caches.sources),
+        model_identity(config, family),
+        seeds.seed,
+        torch.get_num_threads(),
+    )
+    report = Report(config, datasets, family, folder, bus)
     limit = config.schedule.checkpoints_total_limit
     saver = Checkpointer(folder, state, weights, limit, report.metadata, bus)
     resumed = saver.resume(
@@ -93,11 +107,13 @@ def _train(
     )
     validator = Validator(family, weights, caches, prompts, config.validation, folder, place, bus)
     duties = {"checkpoint": saver.save, "validate": lambda state: validator.sample(state.step)}
-    prefetching = closing(Prefetcher(plan, caches, place.rank, timetable.total_steps))
+    prefetching = closing(Prefetcher(plan, caches, place, timetable.total_steps))
     with control.deferred(), closing(caches), prefetching as prefetcher:
         Trainer(stepper, plan, prefetcher, timetable, duties, control, bus).run(state)
-    # 7. the result, read back by the stock loader before we call it one
-    with weights.at("eval"):
-        (file,) = trainable.export(folder.root, report.metadata(state))
-        report.finished(state, file, trainable.verify(file))
+    # 7. the result, read back by the stock loader before it replaces an earlier one
+    with weights.at("eval"), folder.writing("the weights"), folder.staging() as staging:
+        (written,) = trainable.export(staging, report.metadata(state))
+        verified = trainable.verify(written)
+        file = written.replace(folder.root / written.name)
+    report.finished(state, file, verified)
     return file

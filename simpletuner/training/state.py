@@ -27,7 +27,8 @@ class TrainState:
     """Where a run stands; ``state.json`` of a checkpoint.
 
     Args:
-        plan: The plan's fingerprint, by name, so that what changed can be named.
+        data: What is trained on, by name, so that what changed can be named.
+        model: What the trained tensors are added to and how, by name.
         seed: The run's seed.
         threads: torch's thread count: convolution gradients depend on it in the last bit.
         step: Optimizer steps done.
@@ -35,7 +36,8 @@ class TrainState:
         samples_seen: Samples trained on, repeats counted.
     """
 
-    plan: Mapping[str, str]
+    data: Mapping[str, str]
+    model: Mapping[str, str]
     seed: int
     threads: int
     step: int = 0

@@ -150,5 +150,5 @@ class Trainer:
             number,
             f"stopped by {signal.Signals(number).name} after step {state.step} of"
             f" {self._timetable.total_steps}; it is saved",
-            fix="start it again with the same command: it resumes where it stopped",
+            fix="start it again with resume_from_checkpoint=latest, the default: it goes on there",
         )

@@ -263,7 +263,32 @@ def test_a_flipped_byte_is_an_error_that_names_pack_and_key(tmp_path):
     with pytest.raises(CacheError) as caught:
         store.get(key(1))
     assert f"{name} is damaged at entry {key(1).hex()}" in str(caught.value)
-    assert "start again: what was in it is encoded again" in str(caught.value)
+    assert "start again: it is encoded again, and the rest is kept" in str(caught.value)
+
+
+def test_an_entry_found_damaged_is_missing_from_then_on_until_it_is_put_again(tmp_path):
+    filled(tmp_path, range(3))
+    (name,) = names(tmp_path, ".safetensors")
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-1] ^= 4  # of the last entry
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(CacheError):
+        TensorStore.open(tmp_path).get(key(2))
+    for _ in range(2):  # the part is there, and then rebuilt from the pack as it is
+        heard = Heard()
+        bus = Bus([heard])
+        store = TensorStore.open(tmp_path, bus=bus)
+        bus.close()
+        assert store.missing([key(i) for i in range(3)]) == [key(2)]
+        assert any(f"damaged at {key(2).hex()}" in text for text in heard.texts)
+        (tmp_path / name).with_suffix(".parquet").unlink()
+    filled(tmp_path, range(2, 3))
+    heard = Heard()
+    bus = Bus([heard])
+    store = TensorStore.open(tmp_path, bus=bus)
+    bus.close()
+    assert all(same(store.get(key(i)), entry(i)) for i in range(3))
+    assert not any("damaged" in text for text in heard.texts)
 
 
 @pytest.fixture
@@ -284,7 +309,9 @@ def test_a_full_disk_names_the_folder_and_the_fix_and_keeps_what_was_sealed(tmp_
     with pytest.raises(CacheError) as caught:
         store.put(key(52), entry(52))
     assert f"the cache in {tmp_path} cannot be written" in str(caught.value)
-    assert "free space there or set the cache folder to another disk" in str(caught.value)
+    assert "GB are free there: make room, or set the cache's folder to another disk" in str(
+        caught.value
+    )
     store.close()
     again = TensorStore.open(tmp_path)
     assert len(again) == 3

@@ -120,35 +120,6 @@ def test_an_edited_picture_is_encoded_again_alone_and_a_renamed_one_is_not(
     assert run.encoded() == first + 1
 
 
-def test_training_goes_on_bit_for_bit_after_a_resume(tmp_path: Path, tiny_sdxl: Path) -> None:
-    pictures = make_pictures(tmp_path / "pictures")
-    straight = Run(tmp_path / "straight", tiny_sdxl, pictures)
-    broken = Run(tmp_path / "broken", tiny_sdxl, pictures)
-    more = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "lr_scheduler": "constant"}
-    assert straight.train(max_train_steps=5, **more) == 0
-    assert broken.train(max_train_steps=2, **more) == 0
-    assert broken.train(max_train_steps=5, **more) == 0
-    assert broken.losses() == straight.losses()
-    name = "checkpoint-5/{}.safetensors"
-    for part in ("trainable", "optimizer"):
-        one, other = (load_file(run.out / name.format(part)) for run in (straight, broken))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_changed_data_is_refused_by_name_unless_told_to_go_on(
-    tmp_path: Path, tiny_sdxl: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = Run(tmp_path, tiny_sdxl)
-    assert run.train(max_train_steps=2, validation_disable=True) == 0
-    (run.pictures / "a_picture_number_0.png").unlink()
-    assert run.train(max_train_steps=4, validation_disable=True) == 3
-    message = capsys.readouterr().err
-    assert "the checkpoint was trained on other data" in message
-    assert "pictures" in message
-    assert run.train(max_train_steps=4, validation_disable=True, on_data_change="continue") == 0
-
-
 def test_validation_leaves_weights_optimizer_and_numbers_as_they_were(
     tmp_path: Path, tiny_sdxl: Path
 ) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import simpletuner
@@ -92,9 +93,21 @@ def write_traceback() -> Path:
     return files[0]
 
 
+class _LogFile(logging.FileHandler):
+    """A log that falls silent where the disk refuses it: it must not hide what the user is told."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the library's name
+        """Drop the line."""
+
+    def close(self) -> None:
+        """Close the file, whatever could not be flushed."""
+        with suppress(OSError):
+            super().close()
+
+
 def log_to(file: Path) -> Path:
     """Send developers' lines and tracebacks to `file` until the command ends."""
-    handler = logging.FileHandler(file, encoding="utf-8")
+    handler = _LogFile(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("simpletuner")
     logger.addHandler(handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,8 @@ lists them.
   without any     config/config.json, .toml or .env, or the same beside you
 
 exit code: 0 trained; 2 settings, 3 data, 4 cache, 5 model, 6 missing package, 7 training, 8 upload;
-           130 or 143 stopped and saved; 1 anything else, with a traceback in the log file
+           130 or 143 stopped, and saved if it was training;
+           1 anything else, with a traceback in the log file
 """
 
 
@@ -83,8 +85,13 @@ def _train(loaded: Loaded, folder: RunFolder) -> None:
         from simpletuner.training.run import train
 
         train(loaded.config, loaded.datasets, folder, bus)
-    except SimpleTunerError as error:
-        bus.emit(RunFailed(message=error.message, exit_code=error.exit_code))
-        raise
     finally:
+        _tell_failure(sys.exception(), bus)
         bus.close()
+
+
+def _tell_failure(error: BaseException | None, bus: Bus) -> None:
+    if isinstance(error, SimpleTunerError):
+        bus.emit(RunFailed(message=error.message, exit_code=error.exit_code))
+    elif error is not None:
+        bus.emit(RunFailed(message=f"{type(error).__name__}: {error}", exit_code=1))

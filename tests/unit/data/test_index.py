@@ -169,6 +169,17 @@ def test_a_damaged_index_is_made_anew_and_said(folder: Path, file: Path) -> None
     assert any("is made anew" in event.text for event in events if isinstance(event, Notice))
 
 
+def test_a_flipped_byte_in_the_index_never_changes_what_is_known(folder: Path, file: Path) -> None:
+    scan(folder, file)
+    whole, _, _ = scan(folder, file)
+    data = file.read_bytes()
+    for at in range(4, len(data), 41):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+        storage = LocalStorage(folder)
+        found = Index(file, storage, workers=1, bus=Bus(), title="index").load()
+        assert len(found) == 0 or found.equals(whole), at
+
+
 def test_an_index_of_another_format_is_not_used(folder: Path, file: Path) -> None:
     import pyarrow.parquet as pq
 
