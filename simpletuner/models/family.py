@@ -52,6 +52,8 @@ class Family(ABC):
     """What the user writes as model_family."""
     title: ClassVar[str]
     """The name people use."""
+    architecture: ClassVar[str]
+    """Its name in the modelspec header that other tools read."""
     pipeline: ClassVar[str]
     """The stock pipeline's class in diffusers."""
     flavours: ClassVar[Mapping[str, Flavour]]

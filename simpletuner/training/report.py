@@ -41,7 +41,7 @@ class Report:
         triggers = sorted({p for e in self._datasets.training for p in _prompts(e.instance_prompt)})
         facts = {
             "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": f"{self._family.name}/{adapter.model_type}",
+            "modelspec.architecture": f"{self._family.architecture}/{adapter.model_type}",
             "modelspec.implementation": "diffusers",
             "modelspec.prediction_type": self._family.prediction_type,
             "base_model": self._family.checkpoint.label,

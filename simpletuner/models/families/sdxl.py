@@ -25,6 +25,7 @@ class SDXL(Family):
 
     name = "sdxl"
     title = "Stable Diffusion XL"
+    architecture = "stable-diffusion-xl-v1-base"
     pipeline = "StableDiffusionXLPipeline"
     flavours = MappingProxyType(
         {

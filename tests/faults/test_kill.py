@@ -1,0 +1,91 @@
+"""`kill -9` at what changes the disk: nothing complete is lost, nothing half is taken for whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.faults.forks import (
+    Ended,
+    assert_whole,
+    encoded_at_start,
+    leavings,
+    newest_step,
+    sealed_keys,
+)
+from tests.faults.small import CAPTIONS, CHAIN, LATENTS, Small, SmallRun
+
+KILLED = -signal.SIGKILL
+
+
+class Progress:
+    """What a folder holds that must never be lost."""
+
+    def __init__(self, run: SmallRun) -> None:
+        self.run = run
+        self.step = 0
+        self.text: set[str] = set()
+        self.latents: set[str] = set()
+        self.lines = 0
+
+    def look(self) -> None:
+        """After a start that ended somehow: no less than before, nothing half, nothing twice."""
+        assert_whole(self.run.out)
+        told = self.run.events()[self.lines :]
+        for stage, total, before in (
+            ("text embeddings", CAPTIONS, self.text),
+            ("latents", LATENTS, self.latents),
+        ):
+            encoded = encoded_at_start(told, stage)
+            assert encoded in (None, total - len(before)), stage
+        steps = [event["step"] for event in told if event["event"] == "step"]
+        assert not steps or steps[0] == self.step + 1
+        text, latents = (sealed_keys(self.run.out / "cache" / kind) for kind in ("text", "vae"))
+        step = newest_step(self.run.out)
+        assert step >= self.step
+        assert text >= self.text
+        assert latents >= self.latents
+        self.step, self.text, self.latents = step, text, latents
+        self.lines += len(told)
+
+
+def assert_as_unbroken(small: Small, run: SmallRun, ended: Ended) -> None:
+    assert ended.code == 0, ended.output
+    assert run.weights == small.straight.weights
+    assert newest_step(run.out) == 4
+    assert leavings(run.out) == []
+
+
+def test_a_run_killed_over_and_over_loses_nothing_and_ends_as_the_unbroken_one(
+    small: Small,
+) -> None:
+    run = small.fresh()
+    progress = Progress(run)
+    for what, only, at in CHAIN:
+        ended = small.forks.train(run, {"act": "kill", "what": what, "only": only, "at": at})
+        assert ended.code == KILLED, f"{what} {only} {at} was not met\n{ended.output}"
+        progress.look()
+    ended = small.forks.train(run)
+    progress.look()
+    assert_as_unbroken(small, run, ended)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "EVERY_POINT" not in os.environ, reason="EVERY_POINT=1 goes from the first: minutes"
+)
+def test_a_kill_at_any_point_loses_nothing_and_the_restart_ends_as_the_unbroken_run(
+    small: Small,
+) -> None:
+    for at in range(int(os.environ["EVERY_POINT"]), len(small.points) + 1):
+        run = small.fresh()
+        progress = Progress(run)
+        ended = small.forks.train(run, {"act": "kill", "at": at})
+        assert (ended.code, len(ended.points)) == (KILLED, at), ended.output
+        if run.out.exists():
+            progress.look()
+        ended = small.forks.train(run)
+        progress.look()
+        assert_as_unbroken(small, run, ended)
