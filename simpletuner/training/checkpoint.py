@@ -166,7 +166,8 @@ class Checkpointer:
             except DamagedCheckpoint:
                 continue
             sweep(partial)
-            publish_folder(partial, final)
+            with self.folder.writing(final.name):
+                publish_folder(partial, final)
         self.folder.sweep()
 
     # --- resuming ------------------------------------------------------------------------------

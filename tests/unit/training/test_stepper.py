@@ -1,4 +1,4 @@
-"""One optimizer step against diffusers, against closed forms, and on the meta device."""
+"""One optimizer step against diffusers and against closed forms."""
 
 from __future__ import annotations
 
@@ -122,17 +122,3 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_sdxl: Path) -> None:
     stepper.weights.trainable.denoiser.enable_gradient_checkpointing()
     again = gradients_of(stepper, window)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optimizer", ["adamw_bf16", "torch-adamw"])
-def test_a_whole_step_runs_on_the_meta_device(
-    tiny_sdxl: Path, dtype: torch.dtype, optimizer: str
-) -> None:
-    """A CPU tensor that meets the model raises there, and so does every look at a value."""
-    place = Place(torch.device("meta"), dtype)
-    stepper = build_stepper(tiny_sdxl, place, dtype, optimizer=optimizer)
-    outcome = stepper.step(0, window_of(make_batch(1, 2), make_batch(3)))
-    assert outcome.loss.device.type == "meta"
-    parameters = stepper.weights.trainable.parameters().values()
-    assert all(p.grad is not None and p.grad.device.type == "meta" for p in parameters)
