@@ -156,6 +156,25 @@ def test_targets_can_be_named_and_a_name_that_matches_nothing_is_refused(tiny_sd
         lora_on(tiny_sdxl, peft_lora_target_modules=["to_q", "to_qq"])
 
 
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [("norm3", "LayerNorm"), ("conv_norm_out", "GroupNorm"), ("attn1", "Attention")],
+)
+def test_a_target_without_a_weight_matrix_is_refused_with_what_it_is(
+    tiny_sdxl: Path, target: str, kind: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{target!r} is a {kind}, which has no weight") as error:
+        lora_on(tiny_sdxl, peft_lora_target_modules=["to_q", target])
+    assert error.value.fix == (
+        "name linear layers or convolutions inside it, for example to_q or to_out.0"
+    )
+
+
+def test_a_convolution_can_be_a_target(tiny_sdxl: Path) -> None:
+    few = lora_on(tiny_sdxl, peft_lora_target_modules=["conv_in"])
+    assert list(few.layers()) == ["conv_in"]
+
+
 def test_gaussian_initialisation_differs_from_the_default(tiny_sdxl: Path) -> None:
     plain, gaussian = lora_on(tiny_sdxl), lora_on(tiny_sdxl, lora_init_type="gaussian")
     name = next(iter(plain.parameters()))

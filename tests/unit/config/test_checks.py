@@ -203,3 +203,44 @@ def test_the_shape_of_a_schedule_is_asked_only_of_one_that_has_it(place: Workpla
 def test_an_adapter_to_go_on_from_is_looked_for(place: Workplace) -> None:
     place.config(init_lora="nowhere.safetensors")
     assert place.messages() == ["init_lora: nowhere.safetensors does not exist; correct the path"]
+
+
+@pytest.mark.parametrize("name", ["validation", "unconditional", "Cat"])
+def test_prompts_that_would_share_a_picture_are_named_with_their_line(
+    place: Workplace, name: str
+) -> None:
+    place.write("prompts.json", f'{{"cat": "a cat", "{name}": "another"}}')
+    place.config(
+        '{"model_family": "sdxl", "validation_prompt": "x",\n"user_prompt_library": "prompts.json"}'
+    )
+    (problem,) = place.problems()
+    assert (problem.key, problem.line) == ("user_prompt_library", 2)
+    assert f"two prompts are called {name!r}, so their pictures would overwrite" in problem.message
+    assert "user_prompt_library:" not in problem.message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a": 3}', "'a' needs a text or"),
+        ('{"a": {"prompt": ["b"]}}', "'a' needs a text or"),
+        ('["a"]', "must hold one object of name: prompt"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_a_prompt_library_is_read_unless_nothing_is_rendered(
+    place: Workplace, text: str, words: str
+) -> None:
+    place.write("prompts.json", text)
+    place.config(user_prompt_library="prompts.json")
+    (message,) = place.messages()
+    assert message.startswith("user_prompt_library: ")
+    assert words in message
+    place.config(user_prompt_library="prompts.json", validation_disable=True)
+    assert place.messages() == []
+
+
+def test_a_good_prompt_library_passes(place: Workplace) -> None:
+    place.write("prompts.json", '{"cat": "a cat", "validation": {"prompt": "a dog"}}')
+    place.config(user_prompt_library="prompts.json")  # there is no validation_prompt to collide
+    assert place.messages() == []

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.core.errors import ConfigError
+from simpletuner.core.files import safe_name
 from simpletuner.validation.prompts import Prompt, Prompts, read_library
 from simpletuner.validation.settings import ValidationSettings
 
@@ -52,3 +53,47 @@ def test_a_library_that_cannot_be_read_is_refused_with_what_to_do(tmp_path: Path
         read_library(write(tmp_path, ["a"]))
     with pytest.raises(ConfigError, match="'a' needs a text"):
         read_library(write(tmp_path, {"a": 3}))
+
+
+@pytest.mark.parametrize(
+    ("library", "named"),
+    [
+        ({"validation": "a"}, "validation"),
+        ({"unconditional": "a"}, "unconditional"),
+        ({"cat": "a", "Cat": "b"}, "Cat"),
+        ({"UNCONDITIONAL": "a"}, "UNCONDITIONAL"),
+    ],
+)
+def test_prompts_whose_pictures_would_share_a_name_are_refused(
+    tmp_path: Path, library: dict[str, str], named: str
+) -> None:
+    settings = ValidationSettings(
+        validation_prompt="x", user_prompt_library=write(tmp_path, library)
+    )
+    with pytest.raises(ConfigError, match=f"two prompts are called '{named}'") as error:
+        Prompts.of(settings)
+    assert "would overwrite each other" in error.value.message
+    assert "rename it" in str(error.value.fix)
+
+
+def test_names_that_no_file_can_have_are_told_apart(tmp_path: Path) -> None:
+    library = write(tmp_path, {"a/b": "1", "a_b": "2", "A/B": "3", "": "4", "猫": "5", "犬": "6"})
+    settings = ValidationSettings(user_prompt_library=library)
+    entries = Prompts.of(settings).entries
+    assert [entry.text for entry in entries] == ["", "1", "2", "3", "4", "5", "6"]
+    assert len({safe_name(entry.name).lower() for entry in entries}) == 7
+
+
+def test_a_name_is_free_where_the_runs_own_prompt_is_off(tmp_path: Path) -> None:
+    settings = ValidationSettings(
+        user_prompt_library=write(tmp_path, {"unconditional": "a", "validation": "b"}),
+        validation_disable_unconditional=True,
+    )
+    assert [entry.text for entry in Prompts.of(settings).entries] == ["a", "b"]
+
+
+def test_a_library_is_not_read_where_nothing_is_rendered(tmp_path: Path) -> None:
+    settings = ValidationSettings(
+        user_prompt_library=write(tmp_path, {"a": 3}), validation_disable=True
+    )
+    assert Prompts.of(settings).entries == ()

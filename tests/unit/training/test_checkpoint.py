@@ -1,0 +1,272 @@
+"""Checkpoints on their own: which are kept, which are used, what comes back."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.adapters.weights import Weights
+from simpletuner.core.errors import DataError, TrainingError
+from simpletuner.core.events import Bus, CheckpointSaved, Event, Notice
+from simpletuner.core.files import RunFolder, read_json, write_json
+from simpletuner.optim.build import optimizer_tensors
+from simpletuner.training.checkpoint import Checkpointer, DamagedCheckpoint, verify
+from simpletuner.training.state import TrainState
+from simpletuner.training.stepper import Stepper
+from tests.unit.training.builds import build_stepper, make_batch, window_of
+
+DATA = {"dataset a: pictures": "8, 0f", "a: captions": "1"}
+MODEL = {"base model": "ab", "lora_alpha": "6"}
+
+
+class Told:
+    """A sink that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def handle(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+
+@dataclass
+class Place:
+    """A run's weights, its state, and what saves them."""
+
+    stepper: Stepper
+    saver: Checkpointer
+    told: Told
+
+    @property
+    def root(self) -> Path:
+        return self.saver.folder.root
+
+    @property
+    def state(self) -> TrainState:
+        return self.saver.state
+
+    def train(self, steps: int) -> None:
+        """Train and save after every step."""
+        for _ in range(steps):
+            self.stepper.step(self.state.step, window_of(make_batch(1, 2)))
+            self.state.step += 1
+            self.state.samples_seen += 2
+            self.saver.save(self.state)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of everything that a checkpoint holds."""
+        weights = self.saver.weights
+        found = {
+            **weights.trainable.parameters(),
+            **optimizer_tensors(weights.optimizer, weights.trainable.groups()),
+        }
+        return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+    def resume(self, wanted: str = "latest", on_data_change: str = "refuse") -> Path | None:
+        return self.saver.resume(wanted, on_data_change=on_data_change)
+
+    def notices(self) -> str:
+        self.saver.bus.close()
+        return "\n".join(event.text for event in self.told.events if isinstance(event, Notice))
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.root.iterdir()}
+
+
+def opened(model: Path, root: Path, limit: int = 0) -> Place:
+    """A run as it is before its first step; the same one at every call."""
+    root.mkdir(exist_ok=True)
+    stepper, told = build_stepper(model, adapter={"peft_lora_target_modules": ["to_q"]}), Told()
+    weights: Weights = stepper.weights
+    state = TrainState(DATA, MODEL, 7, torch.get_num_threads())
+    bus = Bus([told])
+    return Place(
+        stepper,
+        Checkpointer(RunFolder(root), state, weights, limit, lambda s: {"steps": str(s.step)}, bus),
+        told,
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with checkpoint-1 to checkpoint-4; read it only."""
+    root = tmp_path_factory.mktemp("checkpoints") / "out"
+    opened(tiny_sdxl, root).train(4)
+    return root
+
+
+@pytest.fixture
+def place(tiny_sdxl: Path, tmp_path: Path, saved: Path) -> Place:
+    """A start in a copy of that folder."""
+    shutil.copytree(saved, tmp_path / "out")
+    return opened(tiny_sdxl, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(0, (1, 2, 3, 4)), (1, (4,)), (3, (2, 3, 4))])
+def test_the_newest_are_kept_and_the_oldest_removed(
+    tiny_sdxl: Path, tmp_path: Path, limit: int, kept: tuple[int, ...]
+) -> None:
+    place = opened(tiny_sdxl, tmp_path / "out", limit)
+    place.train(4)
+    assert place.names() == {f"checkpoint-{step}" for step in kept}
+    for step in kept:
+        verify(place.root / f"checkpoint-{step}")
+    place.saver.bus.close()
+    told = [event for event in place.told.events if isinstance(event, CheckpointSaved)]
+    assert [event.folder.name for event in told] == [f"checkpoint-{s}" for s in (1, 2, 3, 4)]
+
+
+def test_rotation_counts_steps_as_numbers_and_leaves_other_things_alone(place: Place) -> None:
+    (place.root / "checkpoint-final").mkdir()
+    (place.root / "previous-1").mkdir()
+    place.state.step = 10
+    replace(place.saver, limit=2).save(place.state)
+    assert place.names() == {"checkpoint-4", "checkpoint-10", "checkpoint-final", "previous-1"}
+
+
+def test_weights_optimizer_and_state_come_back_exactly(tiny_sdxl: Path, place: Place) -> None:
+    fresh = place.tensors()
+    assert place.resume() == place.root / "checkpoint-4"
+    back = place.tensors()
+    assert (place.state.step, place.state.samples_seen) == (4, 8)
+    assert place.names() == {f"checkpoint-{step}" for step in (1, 2, 3, 4)}
+
+    straight = opened(tiny_sdxl, place.root.parent / "straight")
+    straight.train(4)
+    expected = straight.tensors()
+    assert back.keys() == expected.keys() > fresh.keys()
+    assert all(torch.equal(back[name], expected[name]) for name in expected)
+    assert any(not torch.equal(back[name], fresh[name]) for name in fresh)
+    for each in (place, straight):
+        each.train(1)
+    for file in (place.root / "checkpoint-5").iterdir():
+        assert file.read_bytes() == (straight.root / "checkpoint-5" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("way", ["name", "path"])
+def test_an_earlier_one_moves_the_later_ones_aside(place: Place, way: str) -> None:
+    wanted = "checkpoint-2" if way == "name" else str(place.root / "checkpoint-2")
+    assert place.resume(wanted) == place.root / "checkpoint-2"
+    assert place.state.step == 2
+    assert place.names() == {"checkpoint-1", "checkpoint-2", "previous-1"}
+    for name in ("checkpoint-3", "checkpoint-4"):
+        verify(place.root / "previous-1" / name)
+    assert "checkpoint-3, checkpoint-4 of an earlier run moved to previous-1/" in place.notices()
+
+
+def test_none_moves_everything_aside_each_time_to_a_new_place(place: Place) -> None:
+    fresh = place.tensors()
+    assert place.resume("none") is None
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in place.tensors().items())
+    assert (place.state.step, place.names()) == (0, {"previous-1"})
+    assert len(list((place.root / "previous-1").iterdir())) == 4
+    assert place.resume("none") is None
+    assert place.names() == {"previous-1"}  # nothing to move, no empty folder
+    place.train(1)
+    assert place.resume("none") is None
+    assert place.names() == {"previous-1", "previous-2"}
+    assert [path.name for path in (place.root / "previous-2").iterdir()] == ["checkpoint-1"]
+
+
+def test_a_first_start_begins_anew_whatever_is_asked(tiny_sdxl: Path, tmp_path: Path) -> None:
+    place = opened(tiny_sdxl, tmp_path / "out")
+    assert place.resume("latest") is None
+    assert place.resume("none") is None
+    assert place.names() == set()
+
+
+def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(place: Place) -> None:
+    with pytest.raises(TrainingError, match="checkpoint-9 is neither a folder nor") as error:
+        place.resume("checkpoint-9")
+    assert error.value.fix == "there are: checkpoint-4, checkpoint-3, checkpoint-2, checkpoint-1"
+
+
+def test_another_model_is_refused_whatever_is_said_of_data(place: Place) -> None:
+    saver = replace(place.saver, state=replace(place.state, model={**MODEL, "lora_alpha": "9"}))
+    before = place.tensors()
+    with pytest.raises(TrainingError, match=r"another model: lora_alpha changed") as error:
+        saver.resume("checkpoint-2", on_data_change="continue")
+    assert "it was lora_alpha 6" in str(error.value)
+    assert len(place.names()) == 4  # nothing was moved
+    assert all(torch.equal(tensor, before[name]) for name, tensor in place.tensors().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"data": {**DATA, "a: captions": "2"}}, "a: captions"),
+        ({"data": {"a: captions": "1"}}, "dataset a: pictures"),
+        ({"data": {**DATA, "b: captions": "1"}}, "b: captions"),
+        ({"seed": 8}, "seed"),
+    ],
+)
+def test_other_data_is_refused_by_name_unless_told_to_go_on(
+    place: Place, change: dict[str, object], named: str
+) -> None:
+    state = replace(place.state, **change)
+    saver = replace(place.saver, state=state)
+    with pytest.raises(DataError, match=f"on other data: {named} changed"):
+        saver.resume("checkpoint-2", on_data_change="refuse")
+    assert (state.step, len(place.names())) == (0, 4)
+    assert saver.resume("checkpoint-2", on_data_change="continue")
+    assert state.step == 2
+    assert f"{named} changed since the checkpoint; going on" in place.notices()
+
+
+def test_other_targets_are_refused_by_name(tiny_sdxl: Path, saved: Path) -> None:
+    stepper = build_stepper(tiny_sdxl, adapter={"peft_lora_target_modules": ["to_k"]})
+    state = TrainState(DATA, MODEL, 7, torch.get_num_threads())
+    saver = Checkpointer(RunFolder(saved), state, stepper.weights, 0, lambda _: {}, Bus())
+    with pytest.raises(TrainingError, match=r"holds other weights .* 64 differ") as error:
+        saver.resume("checkpoint-4", on_data_change="refuse")
+    assert "set lora_rank and peft_lora_target_modules back" in str(error.value)
+
+
+def test_another_number_of_threads_is_told(place: Place) -> None:
+    place.state.threads += 1
+    assert place.resume()
+    assert "results can differ in the last digits" in place.notices()
+
+
+def test_a_kill_before_the_last_rename_loses_nothing(place: Place) -> None:
+    (place.root / "checkpoint-4").rename(place.root / "checkpoint-4.partial")
+    shutil.copytree(place.root / "checkpoint-3", place.root / "checkpoint-5.partial")
+    (place.root / "checkpoint-5.partial" / "manifest.json").unlink()
+    (place.root / "checkpoint-1").rename(place.root / "checkpoint-1.removing")
+    assert place.resume() == place.root / "checkpoint-4"
+    assert place.names() == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+
+
+def test_verification_names_what_is_wrong(place: Place) -> None:
+    folder = place.root / "checkpoint-4"
+    manifest = folder / "manifest.json"
+    described = read_json(manifest)
+
+    def wrong(words: str) -> None:
+        with pytest.raises(DamagedCheckpoint, match=words):
+            verify(folder)
+
+    for change, words in (
+        ({**described, "format": 2}, "of another version of simpletuner"),
+        ({"format": 1, "files": {}}, r"does not list optimizer\.safetensors"),
+        ({"format": 1}, "manifest.json cannot be read"),
+        ([], "manifest.json cannot be read"),
+    ):
+        write_json(manifest, change)
+        wrong(words)
+    write_json(manifest, described)
+    verify(folder)
+    data = (folder / "state.json").read_bytes()
+    (folder / "state.json").write_bytes(data.replace(b"4", b"5", 1))
+    wrong("state.json is damaged")
+    (folder / "state.json").unlink()
+    wrong("lacks state.json")
+    manifest.unlink()
+    wrong("has no manifest.json")

@@ -1,0 +1,110 @@
+"""What a run says of itself in its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.adapters.export import header
+from simpletuner.config.flat import SETTINGS
+from tests.runs import Run, make_pictures
+
+
+class Two(Run):
+    """A run of two datasets, each with its own words in front of its captions."""
+
+    def write(self, **settings: Any) -> Path:
+        path = super().write(**settings)
+        one = {**self.dataset, "prepend_instance_prompt": True, "instance_prompt": "sks person"}
+        other = {**one, "id": "other", "instance_prompt": ["b dog", "a cat"]}
+        other["instance_data_dir"] = str(make_pictures(self.root / "other", 2))
+        (self.root / "multidatabackend.json").write_text(json.dumps([one, other]))
+        return path
+
+
+@pytest.fixture(scope="module")
+def done(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of one step; read it only."""
+    run = Two(tmp_path_factory.mktemp("report"), tiny_sdxl)
+    run.settings |= {"peft_lora_target_modules": ["to_q"], "validation_disable": True}
+    assert run.train(max_train_steps=1, seed=7) == 0
+    return run
+
+
+def resolved(run: Run) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run.out / "resolved_config.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("file", ["", "checkpoint-1/"])
+def test_the_weights_name_their_trigger_phrases_and_what_they_are_for(
+    done: Run, tiny_sdxl: Path, file: str
+) -> None:
+    facts = header(done.out / f"{file}pytorch_lora_weights.safetensors")
+    assert facts["modelspec.trigger_phrase"] == "a cat, b dog, sks person"
+    told = {name: facts[name] for name in ("lora_rank", "lora_alpha", "steps", "base_model")}
+    assert told == {
+        "lora_rank": "4",
+        "lora_alpha": "4",
+        "steps": "1",
+        "base_model": tiny_sdxl.name,
+    }
+    assert facts["modelspec.architecture"].endswith("/lora")
+    assert facts["modelspec.prediction_type"] == "epsilon"
+    assert str(done.root) not in json.dumps(facts)
+
+
+def test_a_run_without_an_instance_prompt_has_no_trigger_phrase(
+    tmp_path: Path, tiny_sdxl: Path
+) -> None:
+    run = Run(tmp_path, tiny_sdxl)
+    run.settings |= {"peft_lora_target_modules": ["to_q"], "validation_disable": True}
+    assert run.train(max_train_steps=1, validation_seed=0, lora_alpha=6) == 0
+    facts = header(run.out / "pytorch_lora_weights.safetensors")
+    assert "modelspec.trigger_phrase" not in facts
+    settings = resolved(run)["settings"]
+    assert (settings["validation_seed"], settings["lora_alpha"]) == (0, 6)
+
+
+def test_resolved_settings_are_complete_and_filled_in(done: Run, tiny_sdxl: Path) -> None:
+    settings = resolved(done)["settings"]
+    pending = {key for key, setting in SETTINGS.items() if setting.hint.pending is True}
+    assert pending
+    assert settings.keys() == SETTINGS.keys() - pending
+    for key, value in {
+        "lora_alpha": 4,
+        "validation_seed": 7,
+        "prediction_type": "epsilon",
+        "pretrained_model_name_or_path": str(tiny_sdxl),
+        "max_train_steps": 1,
+        "output_dir": str(done.out),
+        "lr_warmup_steps": 0,
+    }.items():
+        assert settings[key] == value, key
+
+
+def test_resolved_datasets_stand_there_with_what_they_inherit(done: Run) -> None:
+    first, second = resolved(done)["datasets"]
+    assert (first["id"], second["id"]) == ("pictures", "other")
+    assert (first["instance_prompt"], second["instance_prompt"]) == (
+        "sks person",
+        ["b dog", "a cat"],
+    )
+    assert first["caption_dropout_probability"] == 0.1
+    assert first["cache_dir_vae"].startswith(str(done.out))
+    assert not {"parquet", "max_num_samples", "is_regularisation_data"} & first.keys()
+    assert resolved(done)["text_embeds"]["cache_dir"].startswith(str(done.out))
+
+
+def test_run_json_has_versions_summary_and_result(done: Run) -> None:
+    facts = json.loads((done.out / "run.json").read_text())
+    assert facts["versions"].keys() >= {"simpletuner", "torch", "diffusers", "peft"}
+    assert facts["summary"]["data"] == (
+        "pictures: 8 pictures in 4 shapes, other: 2 pictures in 2 shapes"
+    )
+    assert facts["result"]["weights"] == "pytorch_lora_weights.safetensors"
+    assert facts["result"]["verified"] == "verified: 16 of 16 modules"
+    assert facts["result"]["largest_relative_error"] <= 1e-6
