@@ -233,17 +233,19 @@ class RunFolder:
 
         Raises:
             ConfigError: Another run has it.
+            TrainingError: The disk refused.
         """
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.root / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ConfigError(
-                f"another run is writing to {self.root}",
-                fix="wait for it or stop it, or set another output_dir",
-            ) from None
+        with self.writing(".lock"):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise ConfigError(
+                    f"another run is writing to {self.root}",
+                    fix="wait for it or stop it, or set another output_dir",
+                ) from None
         try:
             yield
         finally:

@@ -49,7 +49,7 @@ def train(config: Config, datasets: Datasets, folder: RunFolder, bus: Bus) -> Pa
     Raises:
         SimpleTunerError: Of the kind that failed; what was saved before stays.
     """
-    with folder.locked(), Control() as control:
+    with Control() as control:
         try:
             return _train(config, datasets, folder, bus, control)
         except (torch.OutOfMemoryError, MemoryError) as error:

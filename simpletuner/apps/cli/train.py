@@ -43,8 +43,9 @@ def run(arguments: Sequence[str]) -> int:
     for name, value in loaded.exports.items():
         os.environ.setdefault(name, value)  # a shell-syntax file's exports; the shell's own win
     folder = _open_folder(loaded.config.runtime.output_dir)
-    log_to(folder.log)
-    _train(loaded, folder)
+    with folder.locked():
+        log_to(folder.log)
+        _train(loaded, folder)
     return 0
 
 
