@@ -233,9 +233,9 @@ class Checkpointer:
         if wanted == "none":
             return None
         if wanted != "latest":
-            folder = Path(wanted).expanduser()
+            folder = self.folder.root / wanted
             if not folder.is_dir():
-                folder = self.folder.root / wanted
+                folder = Path(wanted).expanduser()
             if not folder.is_dir():
                 raise TrainingError(
                     f"resume_from_checkpoint: {wanted} is neither a folder nor a checkpoint in"
@@ -308,7 +308,7 @@ class Checkpointer:
                 f"{folder.name} holds other weights than these settings make:"
                 f" {len(wrong)} differ, for example {wrong[0]}",
                 fix="set lora_rank and peft_lora_target_modules back, or start over with"
-                " resume_from_checkpoint=none and another output_dir",
+                " resume_from_checkpoint=none",
             )
         with torch.no_grad():
             for name, parameter in ours.items():
