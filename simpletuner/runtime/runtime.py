@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from simpletuner.core.errors import ConfigError
 from simpletuner.core.types import Place
+from simpletuner.runtime.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ class Runtime:
 
         from accelerate import PartialState
 
-        started = int(os.environ.get("WORLD_SIZE", "1"))
+        started = int(os.environ.get("WORLD_SIZE") or 1)
         if started > 1:
             raise ConfigError(
                 f"a launcher started {started} processes, but training by several is not built",
@@ -40,6 +41,8 @@ class Runtime:
             )
         _quieten_libraries()
         state = PartialState()
+        if state.device.type == "cpu":
+            keep_freed_memory()
         return cls(Place(state.device, dtype, state.process_index, state.num_processes))
 
 
