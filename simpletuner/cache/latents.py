@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 
@@ -208,8 +209,8 @@ class LatentCache:
 
     def _release(self) -> None:
         if self._vae is not None:
-            self._vae = None
-            release_memory(self._place.device)
+            model, self._vae = ref(self._vae), None
+            release_memory(self._place.device, [model])
 
     # --- both ------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 
@@ -57,8 +58,8 @@ class TextCache:
         if not missing:
             nothing_to_encode(STAGE, len(by_key), bus)
             return
-        self._encode({key: text for key, text in by_key.items() if key in missing}, bus)
-        release_memory(self._place.device)
+        encoders = self._encode({key: by_key[key] for key in by_key if key in missing}, bus)
+        release_memory(self._place.device, encoders)
 
     def embeds(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """The conditioning of B captions by the pipeline's argument names, [B, …], on the CPU.
@@ -83,7 +84,8 @@ class TextCache:
                 self._store.read_into(row, {name: tensor[i] for name, tensor in batch.items()})
         return batch
 
-    def _encode(self, captions: dict[bytes, str], bus: Bus) -> None:
+    def _encode(self, captions: dict[bytes, str], bus: Bus) -> list[ref[torch.nn.Module]]:
+        """Encode `captions`; returns the encoders, which were let go."""
         keys = list(captions)
         pipe = self._family.open_text(self._place)
         if cut := self._family.cut(pipe, list(captions.values())):
@@ -99,6 +101,8 @@ class TextCache:
                 stage.put(
                     [(self._store, key, each) for key, each in zip(group, embeds, strict=True)]
                 )
+        held = pipe.components.values()
+        return [ref(each) for each in held if isinstance(each, torch.nn.Module)]
 
     def _by_key(self, captions: Sequence[str]) -> dict[bytes, str]:
         return {self._key(caption): caption for caption in captions}

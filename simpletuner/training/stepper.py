@@ -120,8 +120,7 @@ class Stepper:
             share.backward()
             total = share.detach() if total is None else total + share.detach()
         assert total is not None, "a window has at least one batch"
-        parameters = list(self.weights.trainable.parameters().values())
-        norm = self.clip(parameters)
+        norm = self.clip([p for group in optimizer.param_groups for p in group["params"]])
         lr = self.learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
