@@ -3,8 +3,9 @@
     python benchmarks/memory.py
 
 Both encode 16 captions and pictures, let the encoders go and train 4 steps: 48.8 M parameters,
-batch 16 at 256 px, fp32. The peak is the kernel's own count. What ours needs more is constant: the
-imports (pyarrow, rich, pydantic) and what the encoders left in the allocator.
+batch 16 at 256 px, fp32; five of each in turn, and medians. The peak is the kernel's own count.
+What ours needs more is constant: the imports (pyarrow, rich, pydantic) and what the encoders left
+in the allocator.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 from bare import BareStep, big_unet, encode, make_photos
 
 from tests.tiny.build import build_sdxl
 
-STEPS, EDGE, BATCH = 4, 256, 16
+STEPS, EDGE, BATCH, ROUNDS = 4, 256, 16, 5
 
 
 def main() -> None:
@@ -31,10 +33,13 @@ def main() -> None:
         model = build_sdxl(root / "model")
         big_unet().save_pretrained(model / "unet")
         photos = make_photos(root / "photos", 16, (320, 320))
-        bare = _peak([sys.executable, __file__, str(model), str(photos)])
-        ours = _peak(_ours(root, model, photos))
-    print(f"bare {bare:.0f} MB, ours {ours:.0f} MB")
-    print(f"memory ratio={ours / bare:.3f} goal<=1.05")
+        ratios = []
+        for number in range(ROUNDS):
+            bare = _peak([sys.executable, __file__, str(model), str(photos)])
+            ours = _peak(_ours(root / str(number), model, photos))
+            print(f"bare {bare:.0f} MB, ours {ours:.0f} MB")
+            ratios.append(ours / bare)
+    print(f"memory ratio={median(ratios):.3f} goal<=1.05")
 
 
 def _bare(model: Path, photos: Path) -> None:
@@ -45,6 +50,7 @@ def _bare(model: Path, photos: Path) -> None:
 
 
 def _ours(root: Path, model: Path, photos: Path) -> list[str]:
+    root.mkdir()
     entry = {"id": "p", "instance_data_dir": str(photos), "crop": True, "resolution": EDGE}
     (root / "multidatabackend.json").write_text(json.dumps([entry]))
     settings = {
