@@ -7,25 +7,28 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, torch
+import resource
+import torch
 from simpletuner.runtime.allocator import keep_freed_memory
+
+def work():
+    for _ in range(8):
+        torch.ones(1 << 20) * 2 + 1  # 4 MB each, given back
+
 {call}
-def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.zeros(64 << 18).sum()  # 64 MB, taken and given back
-before = faults()
-for _ in range(8):
-    torch.zeros(64 << 18).sum()
-print(faults() - before)
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def faults(call: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS.format(call=call)], check=True, capture_output=True, text=True
-    )
-    return int(done.stdout)
+    """Page faults of work that was done once before."""
+    command = [sys.executable, "-c", FAULTS.format(call=call)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_freed_memory_is_taken_again_without_page_faults():
     assert faults("keep_freed_memory()") * 20 < faults("")
