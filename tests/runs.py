@@ -50,6 +50,7 @@ class Run:
             "validation_resolution": "64x96",
             "validation_num_inference_steps": 2,
             "validation_step_interval": 0,
+            "disable_benchmark": True,
         }
         self.dataset: dict[str, Any] = {
             "id": "pictures",

@@ -183,6 +183,11 @@ class RunFolder:
         return self.root / "validation_images"
 
     @property
+    def benchmarks(self) -> Path:
+        """The untouched base model's pictures of the same prompts."""
+        return self.root / "benchmarks" / "base_model"
+
+    @property
     def events(self) -> Path:
         """Every event of every start, one JSON object a line."""
         return self.root / "events.jsonl"
@@ -255,6 +260,7 @@ class RunFolder:
         """Remove what a kill left half written or half removed."""
         sweep(self.root)
         sweep(self.images)
+        sweep(self.benchmarks)
         for ending in (PARTIAL, REMOVING):
             for left in self.root.glob(f"checkpoint-*{ending}"):
                 shutil.rmtree(left, ignore_errors=True)

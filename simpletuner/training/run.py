@@ -106,7 +106,10 @@ def _train(
         place, family, weights, config.diffusion, config.optimizer, timetable.total_steps, seeds
     )
     validator = Validator(family, weights, caches, prompts, config.validation, folder, place, bus)
-    duties = {"checkpoint": saver.save, "validate": lambda state: validator.sample(state.step)}
+    duties = {
+        "checkpoint": saver.save,
+        "validate": lambda state: validator.sample(state.step, last=timetable.ends(state.step)),
+    }
     prefetching = closing(Prefetcher(plan, caches, place, timetable.total_steps))
     with control.deferred(), closing(caches), prefetching as prefetcher:
         Trainer(stepper, plan, prefetcher, timetable, duties, control, bus).run(state)

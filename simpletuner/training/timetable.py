@@ -41,5 +41,9 @@ class Timetable:
         return tuple(
             duty
             for duty, interval in self.intervals.items()
-            if step == self.total_steps or (interval and step % interval == 0)
+            if self.ends(step) or (interval and step % interval == 0)
         )
+
+    def ends(self, step: int) -> bool:
+        """True if step `step` (1-based) is the last."""
+        return step == self.total_steps

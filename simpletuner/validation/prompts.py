@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the name its pictures carry."""
+    """A prompt and the name its pictures carry.
+
+    Args:
+        reference: A picture of what it should look like, shown beside it at the end.
+    """
 
     name: str
     text: str
+    reference: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,11 @@ def _check_names(entries: list[Prompt]) -> None:
 def read_library(path: Path) -> list[Prompt]:
     """The prompts of a library: ``{"name": "text"}`` or ``{"name": {"prompt": "text"}}``.
 
+    An object may name a picture beside the library as its `reference`.
+
     Raises:
-        ConfigError: Not there, not JSON, or an entry without a text; names it.
+        ConfigError: Not there, not JSON, an entry without a text, or a reference that is not
+            there; names it.
     """
     try:
         library: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -85,11 +93,20 @@ def read_library(path: Path) -> list[Prompt]:
         raise ConfigError(f"user_prompt_library: {path} is not JSON: {error}") from error
     if not isinstance(library, dict):
         raise ConfigError(f"user_prompt_library: {path} must hold one object of name: prompt")
-    return [Prompt(name, _text(path, name, entry)) for name, entry in library.items()]
+    return [_prompt(path, name, entry) for name, entry in library.items()]
 
 
-def _text(path: Path, name: str, entry: object) -> str:
-    text = entry.get("prompt") or entry.get("caption") if isinstance(entry, dict) else entry
+def _prompt(path: Path, name: str, entry: object) -> Prompt:
+    facts = entry if isinstance(entry, dict) else {"prompt": entry}
+    text = facts.get("prompt") or facts.get("caption")
     if not isinstance(text, str):
         raise ConfigError(f'user_prompt_library: {path}: {name!r} needs a text or {{"prompt": …}}')
-    return text
+    if facts.get("reference") is None:
+        return Prompt(name, text)
+    reference = path.parent / str(facts["reference"])
+    if not reference.is_file():
+        raise ConfigError(
+            f"user_prompt_library: {path}: the reference of {name!r} is not there: {reference}",
+            fix="name a picture by its path from the library's folder, or remove reference",
+        )
+    return Prompt(name, text, reference)

@@ -23,7 +23,9 @@ class ValidationSettings(Section):
     """The prompt that is rendered at every validation."""
 
     user_prompt_library: Path | None = setting(None, path=True)
-    """A JSON file with more prompts, each under a name for its pictures."""
+    """A JSON file with more prompts, each under a name for its pictures: {"name": "prompt"}, or
+    {"name": {"prompt": …, "reference": …}} with a picture to compare with, its path relative to
+    the file."""
 
     validation_negative_prompt: str = setting("blurry, cropped, ugly")
     """What validation pictures shall not show."""
@@ -69,8 +71,9 @@ class ValidationSettings(Section):
     validation_on_startup: bool = setting(False, pending=True)
     """Render once before the first step."""
 
-    disable_benchmark: bool = setting(True, pending=True)
-    """Render nothing with the untouched base model; false would put its pictures beside."""
+    disable_benchmark: bool = setting(False)
+    """Render nothing with the untouched base model; otherwise its pictures are made once, at the
+    end, and before_after.png shows them beside the trained ones."""
 
     validation_image_format: Literal["png", "webp", "jpeg"] = setting(
         "png", pending=("webp", "jpeg")

@@ -16,12 +16,19 @@ from safetensors.torch import load_file
 
 from tests.runs import Run, make_pictures
 
+SETTINGS = {
+    "lora_alpha": 10,
+    "validation_guidance": 4.0,
+    "validation_seed": 7,
+    "disable_benchmark": False,
+}
+
 
 @pytest.fixture(scope="module")
 def done(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One finished run with alpha unlike rank; read it only."""
     run = Run(tmp_path_factory.mktemp("road"), tiny_sdxl)
-    assert run.train(lora_alpha=10, validation_guidance=4.0, validation_seed=7) == 0
+    assert run.train(**SETTINGS) == 0
     return run
 
 
@@ -70,7 +77,24 @@ def test_the_stock_pipeline_with_the_lora_paints_the_validation_picture(
     ours = np.asarray(Image.open(done.out / "validation_images/step_4_validation_0_64x96.png"))
     assert np.array_equal((stock * 255).round().astype(np.uint8), ours)
     pipe.unload_lora_weights()
-    assert np.abs(paint() - stock).max() > 1e-5  # the adapter is what makes the picture
+    without = paint()
+    assert np.abs(without - stock).max() > 1e-5  # the adapter is what makes the picture
+    base = np.asarray(Image.open(done.out / "benchmarks/base_model/validation_0_64x96.png"))
+    assert np.array_equal((without * 255).round().astype(np.uint8), base)
+
+
+def test_base_model_and_result_stand_side_by_side(done: Run) -> None:
+    recipe = json.loads((done.out / "benchmarks/base_model/validation_0_64x96.json").read_text())
+    sheet = np.asarray(Image.open(done.out / "before_after.png"))
+    before, after = sheet[-264:-8, 208:464], sheet[-264:-8, 472:728]
+    for shown, name in (
+        (before, "benchmarks/base_model/validation_0_64x96.png"),
+        (after, "validation_images/step_4_validation_0_64x96.png"),
+    ):
+        picture = np.asarray(Image.open(done.out / name))
+        corner = shown[:2, (256 - 171) // 2 + 2]  # 64x96 becomes 171x256, in the middle
+        assert np.array_equal(corner[0], picture[0, 0])
+    assert recipe["weights"] is None
 
 
 def test_a_second_start_encodes_nothing_and_says_the_run_is_finished(
@@ -79,7 +103,7 @@ def test_a_second_start_encodes_nothing_and_says_the_run_is_finished(
     again = Run(tmp_path, tiny_sdxl, done.pictures)
     shutil.copytree(done.out, again.out)
     before = again.encoded()
-    assert again.train(lora_alpha=10, validation_guidance=4.0, validation_seed=7) == 0
+    assert again.train(**SETTINGS) == 0
     notices = [event["text"] for event in again.events("notice")]
     assert any("this run is finished: 4 of 4 steps" in text for text in notices)
     assert len(again.losses()) == 4

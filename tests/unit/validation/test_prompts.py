@@ -97,3 +97,18 @@ def test_a_library_is_not_read_where_nothing_is_rendered(tmp_path: Path) -> None
         user_prompt_library=write(tmp_path, {"a": 3}), validation_disable=True
     )
     assert Prompts.of(settings).entries == ()
+
+
+def test_a_reference_lies_beside_the_library(tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(b"")
+    library = write(tmp_path, {"cat": {"prompt": "a cat", "reference": "cat.png"}, "dog": "a dog"})
+
+    assert [each.reference for each in read_library(library)] == [tmp_path / "cat.png", None]
+
+
+def test_a_reference_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    library = write(tmp_path, {"cat": {"prompt": "a cat", "reference": "cat.png"}})
+
+    with pytest.raises(ConfigError, match="the reference of 'cat' is not there") as error:
+        read_library(library)
+    assert "from the library's folder" in str(error.value.fix)
