@@ -102,6 +102,17 @@ def flow_of_family(run: Proposal) -> Iterator[Problem]:
             )
 
 
+def flow_settings_agree(run: Proposal) -> Iterator[Problem]:
+    """No setting of flow matching makes another one useless."""
+    for key, by, value in (
+        ("flow_schedule_shift", "flow_schedule_auto_shift", "takes the shift from the size"),
+        ("flow_sigmoid_scale", "flow_use_uniform_schedule", "draws all noise levels alike"),
+    ):
+        asked = run.says(key) not in (None, SETTINGS[key].field.default)
+        if asked and run.values[by]:
+            yield run.problem(key, f"{by} {value}, so this changes nothing; remove one of the two")
+
+
 def alignment_of_family(run: Proposal) -> Iterator[Problem]:
     """Edges fit the grid that the family's denoiser cuts pictures into."""
     family, chosen = run.values.get("model_family", ""), run.values["aspect_bucket_alignment"]
@@ -222,13 +233,25 @@ def optimizer_takes_its_numbers(run: Proposal) -> Iterator[Problem]:
 
 
 def validation_sizes_fit(run: Proposal) -> Iterator[Problem]:
-    """Validation pictures have a size that can be rendered."""
+    """Validation pictures have a size that can be rendered, on the family's grid."""
+    family = run.values.get("model_family", "")
+    grid = FAMILIES[family].fact("alignment", 8) if family in FAMILIES else 8
     for width, height in run.values["validation_resolution"]:
+        if width % grid or height % grid:
+            yield run.problem(
+                "validation_resolution",
+                f"{family} renders multiples of {grid} px, not {width}x{height}; "
+                f"{_near(width, grid)}x{_near(height, grid)} is near",
+            )
         if min(width, height) < LEAST_PX or max(width, height) > MOST_PX:
             yield run.problem(
                 "validation_resolution",
                 f"{width}x{height} cannot be rendered; edges of {LEAST_PX} to {MOST_PX} px can",
             )
+
+
+def _near(edge: int, grid: int) -> int:
+    return max(round(edge / grid), 1) * grid
 
 
 def options_of_row(run: Proposal) -> Iterator[Problem]:
@@ -270,6 +293,7 @@ CHECKS: tuple[Check, ...] = (
     prediction_of_family,
     settings_of_family,
     flow_of_family,
+    flow_settings_agree,
     alignment_of_family,
     prompt_length_of_family,
     one_base_model,

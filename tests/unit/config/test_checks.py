@@ -59,6 +59,27 @@ def test_validation_pictures_have_a_size_that_can_be_rendered(place: Workplace) 
     ]
 
 
+def test_validation_pictures_fit_the_familys_grid(place: Workplace) -> None:
+    place.config(model_family="sd3", validation_resolution="1032x1000")
+
+    assert place.messages() == [
+        "validation_resolution: sd3 renders multiples of 16 px, not 1032x1000; 1024x992 is near"
+    ]
+
+
+def test_a_setting_of_flow_matching_that_another_makes_useless_is_refused(
+    place: Workplace,
+) -> None:
+    place.config(model_family="sd3", flow_schedule_shift=4, flow_schedule_auto_shift=True)
+    (problem,) = place.problems()
+    assert "flow_schedule_auto_shift takes the shift from the size" in problem.message
+    place.config(model_family="sd3", flow_sigmoid_scale=2, flow_use_uniform_schedule=True)
+    (problem,) = place.problems()
+    assert "flow_use_uniform_schedule draws all noise levels alike" in problem.message
+    place.config(model_family="sd3", flow_schedule_shift=3, flow_schedule_auto_shift=True)
+    assert place.messages() == []
+
+
 def test_several_processes_are_refused_with_what_to_do_instead(place: Workplace) -> None:
     place.config(num_processes=3)
 
