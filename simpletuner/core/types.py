@@ -117,8 +117,7 @@ class Batch:
 
     def to(self, place: Place) -> Batch:
         """The batch on `place`: latents stay fp32, text conditioning takes the model's dtype."""
-        later = place.device.type == "cuda"
-        moved = self._each(lambda tensor: tensor.to(place.device, non_blocking=later))
+        moved = self._each(lambda tensor: to_device(tensor, place.device))
         return replace(moved, embeds=_cast(moved.embeds, place.dtype))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -127,6 +126,16 @@ class Batch:
             for name, value in self.embeds.items()
         }
         return replace(self, latents=change(self.latents), embeds=embeds)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; the CPU does not wait for a copy to a CUDA device.
+
+    Only a copy from pinned memory goes on by itself; torch keeps that memory until it is done.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _cast(embeds: Embeds, dtype: torch.dtype) -> Embeds:

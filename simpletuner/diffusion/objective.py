@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from simpletuner.core.errors import ConfigError
-from simpletuner.core.types import Draw
+from simpletuner.core.types import Draw, to_device
 from simpletuner.diffusion.settings import DiffusionSettings
 from simpletuner.diffusion.timesteps import flow_law
 
@@ -59,14 +59,14 @@ class VariancePreserving(ABC):
         """See Objective."""
         abar = self.abar[t]
         signal = _wide(abar.sqrt(), clean)
-        sigma = (1 - abar).sqrt().to(clean.device)
+        sigma = to_device((1 - abar).sqrt(), clean.device)
         spread = _wide(sigma, clean)
         return Draw(
             noisy=signal * clean + spread * noise,
             target=self.target(clean, noise, signal, spread),
             noise=noise,
             sigma=sigma,
-            timestep=t.to(clean.device, torch.float32),
+            timestep=to_device(t.float(), clean.device),
             weight=torch.ones_like(sigma),
         )
 
@@ -128,7 +128,7 @@ class Flow:
 
     def draw(self, clean: Tensor, t: Tensor, noise: Tensor) -> Draw:
         """See Objective."""
-        sigma = (t / 1000).float().to(clean.device)
+        sigma = to_device((t / 1000).float(), clean.device)
         share, x0 = _wide(sigma, clean), clean.float()
         return Draw(
             noisy=(1 - share) * x0 + share * noise,
@@ -177,5 +177,5 @@ def objective_of(
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
     """[B] as [B, 1, …] on the device of `like`."""
-    moved = values.to(like.device)
+    moved = to_device(values, like.device)
     return moved.view(-1, *[1] * (like.ndim - 1))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from simpletuner.core.types import to_device
 from simpletuner.diffusion.losses import LOSSES
 from simpletuner.diffusion.noise import noise_for
 from simpletuner.diffusion.objective import objective_of
@@ -138,7 +139,7 @@ class Stepper:
         with self._autocast():
             prediction = self.weights.trainable.predict(self.family, draw, batch)
         per_sample = self.loss(prediction.float(), draw.target) * draw.weight
-        weights = torch.tensor(planned.weights).to(self.place.device)
+        weights = to_device(torch.tensor(planned.weights), self.place.device)
         return (per_sample * weights).sum() * (self.place.world / planned.window_samples)
 
     def draw(self, step: int, planned: PlannedBatch, batch: Batch) -> tuple[Batch, Draw]:
@@ -147,7 +148,7 @@ class Stepper:
         shape = tuple(batch.latents.shape[1:])
         noise = noise_for(batch.samples, planned.epoch, shape, self.seeds)
         batch = batch.to(self.place)
-        noise = noise.to(self.place.device)
+        noise = to_device(noise, self.place.device)
         t = self.objective.timesteps(u, self.family.tokens(batch.latents))
         return batch, self.objective.draw(batch.latents, t, noise)
 

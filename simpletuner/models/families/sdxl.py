@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.core.types import to_device
 from simpletuner.models.family import Family, Flavour
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class SDXL(Family):
             (width, height), (left, top) = geometry.source, geometry.crop[:2]
             last = [self._score] if refiner else [geometry.target[1], geometry.target[0]]
             rows.append([height, width, top, left, *last])
-        return torch.tensor(rows, dtype=torch.float32).to(batch.latents.device)
+        return to_device(torch.tensor(rows, dtype=torch.float32), batch.latents.device)
 
     @property
     def _score(self) -> float:
