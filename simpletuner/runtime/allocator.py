@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_KEPT_BYTES = 1 << 30
+_KEPT_BYTES = (1 << 30, 1 << 25)  # older ones refuse to keep blocks of more than 32 MB
 
 
 def keep_freed_memory() -> None:
@@ -19,5 +19,8 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    # setting only the second would end glibc's own adapting, which is worse than doing nothing
+    for kept in _KEPT_BYTES:
+        if mallopt(_M_MMAP_THRESHOLD, kept):
+            mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES[0])
+            return
