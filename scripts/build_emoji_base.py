@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-MINUTES = {"vae": 22.0, "unet": 48.0, "tiny_vae": 4.0, "clip": 9.0}
+MINUTES = {"vae": 15.0, "unet": 42.0, "tiny_vae": 4.0, "clip": 8.0}
 CAP_MINUTES = 180.0
 SMOKE_STEPS = {"vae": 6, "unet": 6, "tiny_vae": 4, "clip": 3}
 
@@ -28,7 +28,9 @@ def main() -> None:
     import torch
 
     from scripts.emoji_base.work import Work
+    from simpletuner.runtime.allocator import keep_freed_memory
 
+    keep_freed_memory()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     options.work.mkdir(parents=True, exist_ok=True)

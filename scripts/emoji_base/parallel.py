@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.emoji_base.work import Work
+from simpletuner.runtime.allocator import keep_freed_memory
 
 DECAY_FROM = 0.6  # of a stage's steps; before it the learning rate does not know the total
 WARMUP_STEPS = 50
@@ -52,29 +53,55 @@ class Budget:
     cap: float
 
 
+@dataclass(frozen=True)
+class _Team:
+    """How the processes share the work of Muon.
+
+    Args:
+        updates: In shared memory, as long as all matrices; each process writes those of its own.
+        meet: Waits for the other processes.
+    """
+
+    rank: int
+    workers: int
+    updates: Tensor
+    meet: Callable[[], object]
+
+
 @dataclass
 class _Vectors:
-    """A module's parameters as views into one vector, and vectors of the same length beside it."""
+    """A module's parameters as views into one vector, and vectors of the same length beside it.
+
+    Args:
+        matrices: Where in the vector the weights of the inner layers lie, with their shapes
+            (out, in) once flattened: those that Muon trains. They are at its start.
+    """
 
     weights: Tensor
     average: Tensor
     first: Tensor
     second: Tensor
     gradients: Tensor
+    matrices: tuple[tuple[slice, tuple[int, int]], ...] = ()
 
     @classmethod
     def of(cls, module: nn.Module) -> _Vectors:
+        inner = _inner_weights(module)
         parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters.sort(key=lambda p: id(p) not in inner)  # stable
         weights = torch.cat([p.detach().flatten().float() for p in parameters])
         gradients = torch.zeros_like(weights)
-        offset = 0
+        offset, matrices = 0, []
         for p in parameters:
             place = slice(offset, offset + p.numel())
+            if id(p) in inner:
+                matrices.append((place, (p.shape[0], p.numel() // p.shape[0])))
             p.data = weights[place].view_as(p)
             p.grad = gradients[place].view_as(p)
             offset += p.numel()
         zeros = torch.zeros_like
-        return cls(weights, weights.clone(), zeros(weights), zeros(weights), gradients)
+        moments = zeros(weights), zeros(weights)
+        return cls(weights, weights.clone(), *moments, gradients, tuple(matrices))
 
     def saved(self) -> dict[str, Tensor]:
         return {
@@ -84,16 +111,55 @@ class _Vectors:
             "second": self.second,
         }
 
-    def step(self, step: int, rate: float, decay: float) -> None:
-        """AdamW (Loshchilov and Hutter, arXiv:1711.05101), then the moving average."""
+    def step(self, step: int, rate: float, decay: float, team: _Team) -> None:
+        """One step of Muon and AdamW, then of the moving average."""
         norm = self.gradients.norm()
         self.gradients.mul_(torch.clamp(1.0 / (norm + 1e-6), max=1.0))
-        self.first.lerp_(self.gradients, 0.1)
-        self.second.mul_(0.99).addcmul_(self.gradients, self.gradients, value=0.01)
-        scale = (self.second / (1 - 0.99 ** (step + 1))).sqrt_().add_(1e-8)
         self.weights.mul_(1 - rate * 0.01)
-        self.weights.addcdiv_(self.first, scale, value=-rate / (1 - 0.9 ** (step + 1)))
+        split = self.matrices[-1][0].stop if self.matrices else 0
+        self._muon(slice(0, split), rate, team)
+        self._adam(slice(split, None), step, rate)
         self.average.lerp_(self.weights, 1 - min(decay, (1 + step) / (10 + step)))
+
+    def _adam(self, place: slice, step: int, rate: float) -> None:
+        """AdamW (Loshchilov and Hutter, arXiv:1711.05101)."""
+        gradients, first, second = self.gradients[place], self.first[place], self.second[place]
+        first.lerp_(gradients, 0.1)
+        second.mul_(0.99).addcmul_(gradients, gradients, value=0.01)
+        scale = (second / (1 - 0.99 ** (step + 1))).sqrt_().add_(1e-8)
+        self.weights[place].addcdiv_(first, scale, value=-rate / (1 - 0.9 ** (step + 1)))
+
+    def _muon(self, place: slice, rate: float, team: _Team) -> None:
+        """Muon (Jordan et al., kellerjordan.github.io/posts/muon), as large as AdamW's steps.
+
+        The factor .2 √max(out, in) is that of Liu et al., arXiv:2502.16982, section 2.2. A
+        convolution is a matrix [out, in × kh × kw].
+        """
+        momentum = self.first[place].lerp_(self.gradients[place], 0.05)
+        ahead = self.gradients[place].lerp(momentum, 0.95)
+        for number, (inside, shape) in enumerate(self.matrices):
+            if number % team.workers == team.rank:
+                straight = _orthogonal(ahead[inside].view(shape)).mul_(0.2 * math.sqrt(max(shape)))
+                team.updates[inside].copy_(straight.reshape(-1))
+        team.meet()
+        self.weights[place].sub_(team.updates, alpha=rate)
+
+
+def _inner_weights(module: nn.Module) -> set[int]:
+    """Identities of the weights that Muon trains: not embeddings, nor what meets few channels."""
+    layers = (m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    return {id(m.weight) for m in layers if min(m.weight.shape[:2]) >= 16}
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """About the nearest semi-orthogonal matrix [M, N], by five Newton-Schulz steps."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
 
 
 def has_fast_bf16() -> bool:
@@ -123,11 +189,14 @@ def train(stage: str, work: Work, make: Callable[[Work], Task], budget: Budget) 
     """
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(work.workers)
-    numbers = sum(p.numel() for p in make(work).module.parameters() if p.requires_grad)
-    shared = torch.zeros(work.workers, numbers + 2).share_memory_()
+    vectors = _Vectors.of(make(work).module)
+    shared = torch.zeros(work.workers, len(vectors.weights) + 2).share_memory_()
+    updates = torch.zeros(sum(math.prod(shape) for _, shape in vectors.matrices)).share_memory_()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes stop by themselves
     processes = [
-        context.Process(target=_work, args=(stage, work, make, budget, rank, shared, barrier))
+        context.Process(
+            target=_work, args=(stage, work, make, budget, rank, shared, updates, barrier)
+        )
         for rank in range(work.workers)
     ]
     for process in processes:
@@ -158,17 +227,20 @@ def _work(
     budget: Budget,
     rank: int,
     shared: Tensor,
+    updates: Tensor,
     barrier: Any,
 ) -> None:
     """One process of `train`."""
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
+    keep_freed_memory()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(work.seed)  # the same weights in every process
     task = make(work)
-    run = _Run(stage, work, task, budget, rank, shared, barrier)
+    team = _Team(rank, work.workers, updates, barrier.wait)
+    run = _Run(stage, work, task, budget, team, shared)
     try:
         run.go(stopped)
     except threading.BrokenBarrierError as error:
@@ -184,12 +256,11 @@ class _Run:
         work: Work,
         task: Task,
         budget: Budget,
-        rank: int,
+        team: _Team,
         shared: Tensor,
-        barrier: Any,
     ) -> None:
         self.stage, self.work, self.task, self.budget = stage, work, task, budget
-        self.rank, self.shared, self.barrier = rank, shared, barrier
+        self.team, self.rank, self.shared = team, team.rank, shared
         self.vectors = _Vectors.of(task.module)
         self.step, self.total, self.before = 0, budget.steps, 0.0
         self.checkpoint = f"{stage}.checkpoint.safetensors"
@@ -235,14 +306,14 @@ class _Run:
         mine = self.shared[self.rank]
         mine[:-2].copy_(vectors.gradients)
         mine[-2], mine[-1] = float(stop), time.process_time()
-        self.barrier.wait()
+        self.team.meet()
         torch.mean(self.shared[:, :-2], 0, out=vectors.gradients)
         stop = bool(self.shared[:, -2].any())
         self.cpu = self.before + float(self.shared[:, -1].sum())
-        self.barrier.wait()
+        self.team.meet()
         decaying = self.total is not None and self.step >= DECAY_FROM * self.total
         rate = rate_at(self.step, self.total, self.task.rate)
-        vectors.step(self.step, rate, 0.998 if decaying else 0.99)
+        vectors.step(self.step, rate, 0.998 if decaying else 0.99, self.team)
         self.step += 1
         if self.total is None and self.cpu >= DECAY_FROM * self.budget.seconds * workers:
             self.total = math.ceil(self.step / DECAY_FROM)

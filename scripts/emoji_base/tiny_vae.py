@@ -32,7 +32,7 @@ class TinyVaeTask:
     """Decode as the VAE decodes, and encode as it encodes."""
 
     batch = 16
-    rate = 1.5e-3
+    rate = 3e-3
 
     def __init__(self, work: Work) -> None:
         self.module = new_tiny_vae()

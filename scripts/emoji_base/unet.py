@@ -81,7 +81,7 @@ class UnetTask:
     """Predict v (Salimans and Ho, arXiv:2202.00512) at uniform timesteps, unweighted."""
 
     batch = 16
-    rate = 1.5e-3
+    rate = 4e-3
 
     def __init__(self, work: Work) -> None:
         self.module = new_unet()

@@ -40,8 +40,8 @@ def new_vae() -> AutoencoderKL:
 class VaeTask:
     """Reconstruct random crops."""
 
-    batch = 16
-    rate = 1.5e-3
+    batch = 8
+    rate = 3e-3
 
     def __init__(self, work: Work) -> None:
         self.module = new_vae()

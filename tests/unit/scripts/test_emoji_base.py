@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from scripts.emoji_base import vae
-from scripts.emoji_base.parallel import _Vectors, rate_at
+from scripts.emoji_base.parallel import _orthogonal, _Team, _Vectors, rate_at
 from scripts.emoji_base.tokenizer import byte_pairs
 from scripts.emoji_base.unet import new_unet
 
@@ -57,13 +57,18 @@ def test_a_folded_vaes_spread_is_what_it_was_on_average(model, pictures):
     torch.testing.assert_close(spread.double(), expected, rtol=1e-3, atol=0)
 
 
+def alone(vectors: _Vectors) -> _Team:
+    numbers = sum(place.stop - place.start for place, _ in vectors.matrices)
+    return _Team(0, 1, torch.zeros(numbers), lambda: None)
+
+
 def test_every_linear_of_the_denoiser_takes_a_multiple_of_16():
     widths = {m.in_features for m in new_unet().modules() if isinstance(m, nn.Linear)}
 
     assert {width % 16 for width in widths} == {0}
 
 
-def test_the_step_is_torchs_adamw():
+def test_small_weights_take_the_step_of_torchs_adamw():
     torch.manual_seed(1)
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
@@ -76,7 +81,7 @@ def test_the_step_is_torchs_adamw():
         for module in (ours, theirs):
             module.zero_grad(set_to_none=False)
             (module(pixels).square().mean() * 0.1).backward()
-        vectors.step(step, 0.1, 0.99)
+        vectors.step(step, 0.1, 0.99, alone(vectors))
         optimizer.step()
 
     torch.testing.assert_close(ours.weight, theirs.weight)
@@ -92,3 +97,49 @@ def test_byte_pairs_merge_the_most_frequent_first():
 
     assert merges[:2] == [("c", "a"), ("ca", "t</w>")]
     assert vocab["cat</w>"] == 513
+
+
+def test_inner_weights_take_the_step_of_torchs_muon():
+    torch.manual_seed(1)
+    ours, theirs = nn.Linear(32, 16, bias=False), nn.Linear(32, 16, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    vectors = _Vectors.of(ours)
+    options = {"lr": 0.1, "weight_decay": 0.01, "momentum": 0.95, "eps": 1e-7}
+    optimizer = torch.optim.Muon([theirs.weight], adjust_lr_fn="match_rms_adamw", **options)
+
+    for step in range(3):
+        pixels = torch.randn(64, 32) * 0.1
+        for module in (ours, theirs):
+            module.zero_grad(set_to_none=False)
+            (module(pixels).square().mean() * 0.1).backward()
+        vectors.step(step, 0.1, 0.99, alone(vectors))
+        optimizer.step()
+
+    # torch rounds to bf16 inside
+    torch.testing.assert_close(ours.weight, theirs.weight, atol=3e-3, rtol=0)
+
+
+def test_two_processes_share_the_matrices_and_take_one_step():
+    torch.manual_seed(1)
+    one = nn.Sequential(nn.Linear(32, 16), nn.Conv2d(16, 32, 3))
+    vectors = _Vectors.of(one)
+    vectors.gradients.normal_()
+    start, gradients = vectors.weights.clone(), vectors.gradients.clone()
+    vectors.step(0, 0.1, 0.99, alone(vectors))
+    after, updates = vectors.weights.clone(), torch.zeros(alone(vectors).updates.shape)
+
+    for rank in (0, 1):
+        vectors.weights.copy_(start)
+        vectors.gradients.copy_(gradients)
+        vectors.first.zero_()
+        vectors.second.zero_()
+        vectors.step(0, 0.1, 0.99, _Team(rank, 2, updates, lambda: None))
+
+    torch.testing.assert_close(vectors.weights, after)  # the second finds the first one's updates
+
+
+def test_orthogonal_rows_have_length_one_or_so():
+    torch.manual_seed(1)
+    values = torch.linalg.svdvals(_orthogonal(torch.randn(24, 60)))
+
+    assert 0.6 < float(values.min()) < float(values.max()) < 1.3
