@@ -1,7 +1,7 @@
 """Adds the shipped configurations to the built package; everything else is in pyproject.toml."""
 
 from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copytree
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
@@ -19,8 +19,7 @@ class BuildWithConfigurations(build_py):
         if self.editable_mode:
             return
         shipped = Path(self.build_lib, "simpletuner", "shipped")
-        made = ignore_patterns("base", "base.partial")
-        copytree("config/examples", shipped / "examples", ignore=made, dirs_exist_ok=True)
+        copytree("config/examples", shipped / "examples", dirs_exist_ok=True)
         for file in Path("config").glob("*.example"):
             self.copy_file(file, shipped / file.name)
 

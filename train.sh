@@ -12,14 +12,6 @@ cd "$(dirname "$0")" # relative paths in a configuration start here
 
 python=$(scripts/setup.sh)
 
-# The example's base model has random weights for now, so it is made and not shipped.
-emoji_base=config/examples/emoji/base
-if [[ "${ENV:-} $*" == *emoji* ]] && [ ! -e "$emoji_base" ]; then
-    echo "making the example's base model"
-    HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error "$python" -m tests.tiny.build sdxl "$emoji_base.partial"
-    mv "$emoji_base.partial" "$emoji_base"
-fi
-
 # Threads that spin while they wait slow each other down on a busy CPU.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 

@@ -1,9 +1,10 @@
-"""Rebuild the pictures and captions of `config/examples/emoji/data` from their npm packages.
+"""Rebuild the pictures of `config/examples/emoji` from their npm packages.
 
     python scripts/build_emoji_example.py
 
-Needs `npm` and Pillow. Pictures are 3D Fluent Emoji at 128 px with their transparent background;
-the caption beside each is its name in a sentence.
+Needs `npm` and Pillow. Pictures are 3D Fluent Emoji at 128 px with their transparent background:
+those in `data/` have the caption beside them that they are trained with; those in `held_out/` are
+only looked at and measured with. All are emoji that the base model knows in another style.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from PIL import Image
 PICTURES = "@lobehub/fluent-emoji-3d@1.1.0"
 NAMES = "emojibase-data@17.0.0"
 SIZE_PX = 128
-TARGET = Path(__file__).resolve().parents[1] / "config" / "examples" / "emoji" / "data"
+EXAMPLE = Path(__file__).resolve().parents[1] / "config" / "examples" / "emoji"
+CAPTION = "a 3D emoji of {}"
 
-# Names as emojibase has them, each with the article that a sentence needs.
+
+# Names as emojibase has them, each with the article that a sentence needs. The base model learns
+# every second of them (scripts/emoji_base/pictures.py).
 CONCEPTS = """
 a monkey face, a gorilla, a dog face, a poodle, a wolf, a fox, a raccoon, a cat face, a lion,
 a tiger face, a horse face, a moose, a unicorn, a zebra, a bison, a cow face, a pig face, a ram,
@@ -45,24 +49,33 @@ a light bulb, a key, a bell, an umbrella, a magnet, an alarm clock
 
 
 def main() -> None:
-    """Fetch both packages and write one picture and one caption for each concept."""
-    phrases = [" ".join(phrase.split()) for phrase in CONCEPTS.split(",")]
+    """Fetch both packages and write a picture of each concept, with a caption or held out."""
     with tempfile.TemporaryDirectory() as folder:
         pictures = npm_package(PICTURES, Path(folder, "pictures"))
         names = npm_package(NAMES, Path(folder, "names"))
         entries = json.loads((names / "en" / "data.json").read_text(encoding="utf-8"))
         hexcodes = {entry["label"]: entry["hexcode"].lower() for entry in entries}
-        shutil.rmtree(TARGET, ignore_errors=True)
-        TARGET.mkdir(parents=True)
-        for phrase in phrases:
-            label = re.sub(r"^an? ", "", phrase)
-            picture = Image.open(picture_of(pictures, hexcodes[label])).convert("RGBA")
-            stem = TARGET / label.replace(" ", "-")
-            small = picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.LANCZOS)
-            small.save(stem.with_suffix(".webp"), quality=80, method=6)
-            stem.with_suffix(".txt").write_text(f"a 3D emoji of {phrase}\n", encoding="utf-8")
-    size = sum(file.stat().st_size for file in TARGET.iterdir())
-    print(f"{len(phrases)} pictures, {size:,} bytes in {TARGET}")
+        for name, phrases in parts().items():
+            target = EXAMPLE / name
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+            for phrase in phrases:
+                label = re.sub(r"^an? ", "", phrase)
+                picture = Image.open(picture_of(pictures, hexcodes[label])).convert("RGBA")
+                stem = target / label.replace(" ", "-")
+                small = picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.LANCZOS)
+                small.save(stem.with_suffix(".webp"), quality=80, method=6)
+                caption = CAPTION.format(phrase)
+                stem.with_suffix(".txt").write_text(f"{caption}\n", encoding="utf-8")
+            size = sum(file.stat().st_size for file in target.iterdir())
+            print(f"{len(phrases)} pictures, {size:,} bytes in {target}")
+
+
+def parts() -> dict[str, list[str]]:
+    """The concepts of each folder: two thirds are trained on, every third is held out."""
+    known = [" ".join(phrase.split()) for phrase in CONCEPTS.split(",")][::2]
+    held_out = known[1::3]
+    return {"data": [phrase for phrase in known if phrase not in held_out], "held_out": held_out}
 
 
 def npm_package(package: str, folder: Path) -> Path:

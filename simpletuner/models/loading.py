@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.core.errors import ConfigError, ModelError
 from simpletuner.core.files import read_json
 from simpletuner.models.checkpoint import CONFIGS, Checkpoint
+from simpletuner.models.embedded import embedded_folder
 from simpletuner.models.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def open_family(settings: ModelSettings, *, digests: Path | None = None) -> Fami
 def _resolve(
     name: str, flavour_repo: str, settings: ModelSettings, digests: Path | None
 ) -> Checkpoint:
-    path = Path(name).expanduser()
+    embedded = embedded_folder(name)
+    path = embedded or Path(name).expanduser()
     vae = None
     if settings.pretrained_vae_model_name_or_path:
         vae = _vae_folder(settings.pretrained_vae_model_name_or_path)
@@ -74,7 +76,7 @@ def _resolve(
                 f"{name} is a folder without model_index.json",
                 fix="name a folder in diffusers layout, or the .safetensors file itself",
             )
-        return Checkpoint(path.resolve().name, path, **rest)  # type: ignore[arg-type]
+        return Checkpoint(name if embedded else path.resolve().name, path, **rest)  # type: ignore[arg-type]
     if _looks_like_path(name):
         raise ModelError(
             f"pretrained_model_name_or_path: {name} does not exist on this machine",

@@ -9,6 +9,7 @@ from simpletuner.adapters.export import LORA_FILE
 from simpletuner.core.events import Bus, RunFinished, RunStarted
 from simpletuner.core.files import RunFolder, write_json
 from simpletuner.core.section import hint_of
+from simpletuner.models.embedded import embedded_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -154,7 +155,11 @@ class Report:
             write_json(self._folder.run, self._facts)
 
     def _usage(self) -> list[str]:
-        base = self._config.model.pretrained_model_name_or_path or self._family.checkpoint.label
+        checkpoint = self._family.checkpoint
+        named = self._config.model.pretrained_model_name_or_path or checkpoint.label
+        base = (
+            checkpoint.folder if embedded_folder(named) else named
+        )  # diffusers knows no such name
         return [
             "use them:",
             "  from diffusers import DiffusionPipeline",

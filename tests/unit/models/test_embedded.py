@@ -1,0 +1,149 @@
+"""The embedded model: found by name, small, and trained; its numbers are measured anew, loosely."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional
+
+from simpletuner.core.errors import ConfigError
+from simpletuner.models.embedded import embedded_folder
+from simpletuner.models.loading import open_family
+from simpletuner.models.settings import ModelSettings
+
+NAME = "simpletuner/emoji-sdxl"
+PICTURES = Path(__file__).parents[3] / "config/examples/emoji"
+PAINTED = ("red apple", "rocket", "rainbow", "octopus", "pizza", "crown", "bicycle", "frog")
+
+
+def folder() -> Path:
+    found = embedded_folder(NAME)
+    assert found is not None
+    return found
+
+
+@cache
+def pipeline() -> StableDiffusionXLPipeline:
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder(), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@cache
+def fluent() -> tuple[torch.Tensor, tuple[str, ...]]:
+    """The example's pictures [N, 3, 128, 128] in [-1, 1] on white, and what each shows."""
+    pixels, names = [], []
+    for path in sorted(PICTURES.glob("*/*.webp")):
+        picture = Image.open(path).convert("RGBA")
+        flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        pixels.append(torch.from_numpy(np.array(flat.convert("RGB"))).permute(2, 0, 1))
+        names.append(path.stem.replace("-", " "))
+    return torch.stack(pixels).float() / 127.5 - 1, tuple(names)
+
+
+def psnr(made: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((10 * torch.log10(4 / (made - wanted).square().flatten(1).mean(1))).mean())
+
+
+def test_it_is_opened_by_its_name_and_predicts_what_its_scheduler_says() -> None:
+    family = open_family(ModelSettings(model_family="sdxl", pretrained_model_name_or_path=NAME))
+
+    assert family.checkpoint.label == NAME
+    assert family.checkpoint.folder == folder()
+    assert family.prediction_type == "v_prediction"
+
+
+def test_it_has_no_revisions() -> None:
+    settings = ModelSettings(
+        model_family="sdxl", pretrained_model_name_or_path=NAME, revision="main"
+    )
+    with pytest.raises(ConfigError, match="which is on this machine"):
+        open_family(settings)
+
+
+@pytest.mark.parametrize("name", ["simpletuner/other", "simpletuner/..", "other/emoji-sdxl"])
+def test_other_names_mean_the_hub(name: str) -> None:
+    assert embedded_folder(name) is None
+
+
+def test_it_is_small_and_all_weights_are_half_precision() -> None:
+    files = [path for path in folder().rglob("*") if path.is_file()]
+    beside = [path for path in files if path.relative_to(folder()).parts[0] == "tiny_vae"]
+    assert sum(path.stat().st_size for path in files) <= 16e6
+    assert sum(path.stat().st_size for path in beside) <= 8e6
+    for path in folder().rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
+        assert kinds <= {"F16", "I64"}, path
+
+
+def test_its_licences_are_named() -> None:
+    notice = (folder() / "NOTICE").read_text(encoding="utf-8")
+    for source in ("Noto Emoji", "Apache License", "emojibase-data", "MIT License"):
+        assert source in notice
+
+
+def test_every_linear_takes_a_multiple_of_16() -> None:
+    widths = {m.in_features for m in pipeline().unet.modules() if isinstance(m, nn.Linear)}
+
+    assert {width % 16 for width in widths} == {0}
+
+
+def test_the_vae_shows_a_style_it_never_saw_and_needs_its_scale() -> None:
+    pixels, _ = fluent()
+    vae = pipeline().vae
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean
+        made = vae.decode(latents).sample.clamp(-1, 1)
+        unscaled = vae.decode(latents * vae.config.scaling_factor).sample.clamp(-1, 1)
+
+    assert vae.config.scaling_factor == 0.13025
+    assert psnr(made, pixels) > 26
+    pooled = functional.avg_pool2d(made, 8), functional.avg_pool2d(pixels, 8)
+    assert psnr(*pooled) > 30  # hue is kept
+    spread = (latents * vae.config.scaling_factor).std((0, 2, 3))
+    assert 0.4 < float(spread.min()) < float(spread.max()) < 2.5
+    assert psnr(unscaled, pixels) < 15
+
+
+def test_the_tiny_autoencoder_decodes_what_the_denoiser_makes() -> None:
+    pixels = fluent()[0][:16]
+    vae = pipeline().vae
+    tiny = AutoencoderTiny.from_pretrained(folder() / "tiny_vae", dtype=torch.float32)
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean
+        full = vae.decode(latents).sample.clamp(-1, 1)
+        quick = tiny.decode(latents * vae.config.scaling_factor).sample.clamp(-1, 1)
+
+    assert psnr(quick, full) > 24
+
+
+def test_what_it_paints_is_what_was_asked_for() -> None:
+    names = list(fluent()[1])
+    prompts = [f"an emoji of a {name}" for name in PAINTED]
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+
+    made = pipeline()(
+        prompts,
+        height=128,
+        width=128,
+        num_inference_steps=12,
+        guidance_scale=3.0,
+        generator=generators,
+        output_type="pt",
+    ).images
+
+    # in the colours of 8×8 px each is near the drawing of the same thing in another style
+    small, known = (functional.avg_pool2d(x, 8).flatten(1) for x in (made * 2 - 1, fluent()[0]))
+    distances = torch.cdist(small, known)
+    own = distances[range(len(PAINTED)), [names.index(name) for name in PAINTED]]
+    places = (distances < own[:, None]).sum(1)
+    assert (places < 8).sum() >= 7
