@@ -39,11 +39,17 @@ class Measured:
         return 1 - self.by_strength[part][strength] / self.base[part]
 
 
-def measure(lora: Path, *, strengths: tuple[float, ...] = STRENGTHS) -> Measured:
-    """Every loss, and whether samples at strength 0 are bit-equal to the base's."""
+def measure(
+    lora: Path, *, strengths: tuple[float, ...] = STRENGTHS, most: int | None = None
+) -> Measured:
+    """Every loss, and whether samples at strength 0 are bit-equal to the base's.
+
+    Args:
+        most: Pictures of each part; all without it.
+    """
     pipe = StableDiffusionXLPipeline.from_pretrained(BASE, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    parts = {part: _pictures(pipe, EXAMPLE / part) for part in ("data", "held_out")}
+    parts = {part: _pictures(pipe, EXAMPLE / part, most) for part in ("data", "held_out")}
     base = {part: _loss(pipe, latents, text) for part, (latents, text) in parts.items()}
     untouched = _sample(pipe)
     pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="lora")
@@ -75,10 +81,12 @@ Text = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.no_grad()
-def _pictures(pipe: StableDiffusionXLPipeline, folder: Path) -> tuple[torch.Tensor, Text]:
+def _pictures(
+    pipe: StableDiffusionXLPipeline, folder: Path, most: int | None
+) -> tuple[torch.Tensor, Text]:
     """Scaled latents [N, 4, 32, 32] and text (states [N, 77, D], pooled [N, D']) of a folder."""
     pixels, captions = [], []
-    for path in sorted(folder.glob("*.webp")):
+    for path in sorted(folder.glob("*.webp"))[:most]:
         picture = Image.open(path).convert("RGBA")
         flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         pixels.append(torch.from_numpy(np.array(flat.convert("RGB"))).permute(2, 0, 1))

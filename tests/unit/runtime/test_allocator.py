@@ -12,8 +12,8 @@ import torch
 from simpletuner.runtime.allocator import keep_freed_memory
 
 def work():
-    for _ in range(8):
-        torch.ones(1 << 20) * 2 + 1  # 4 MB each, given back
+    for _ in range(4):
+        torch.ones(1 << 24) * 2 + 1  # 64 MB each: more than glibc ever keeps by itself
 
 {call}
 work()
