@@ -278,10 +278,10 @@ def _rates(datasets: Sequence[tuple[float, int]]) -> list[float]:
 def _fingerprint(
     sources: Sequence[Drawable], unit: int, accumulation: int, seeds: Seeds
 ) -> dict[str, str]:
-    """What the order depends on, by names a message can use."""
+    """What the order depends on, by names a message can use; a batch is that of all ranks."""
     facts = {
         "seed": str(seeds.seed),
-        "samples per micro-batch on all ranks": str(unit),
+        "train_batch_size": str(unit),
         "gradient_accumulation_steps": str(accumulation),
     }
     for source in sources:

@@ -167,6 +167,20 @@ class DataSource:
         digest.update(repr(sorted(told.items())).encode())
         return digest.hexdigest()
 
+    def identity(self) -> dict[str, str]:
+        """What, beside contents and sizes, decides what is learned of the pictures, by name."""
+        settings = self.settings
+        width, height = self.resizes[:, 0], self.resizes[:, 1]
+        order = np.lexsort((height, width, self.keys))
+        cuts = bool((self.resizes > self.buckets).any())
+        return {
+            "captions": self.caption_digest(),
+            "resizes": f"{key64(self.resizes[order].astype('<i8').tobytes()):016x}",
+            "crop_style": settings.crop_style if cuts else "without effect",
+            "image_background": settings.image_background.lower(),
+            "vae_cache_disable": str(settings.vae_cache_disable).lower(),
+        }
+
     def sample(self, row: int, epoch: int, occurrence: int, seeds: Seeds) -> Sample:
         """One draw of a picture; depends on its content and the draw, not on its row or rank."""
         content = bytes(self.content[row])

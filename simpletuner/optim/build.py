@@ -17,6 +17,22 @@ if TYPE_CHECKING:
     from simpletuner.optim.settings import OptimizerSettings
 
 
+def options_of(settings: OptimizerSettings) -> dict[str, Any]:
+    """The numbers of the optimizer of `settings`: its own under what the user set.
+
+    Raises:
+        ConfigError: The optimizer does not take what was set.
+    """
+    beta1, beta2 = settings.optimizer_beta1, settings.optimizer_beta2
+    return numbers(
+        settings.optimizer,
+        betas=None if beta1 is None or beta2 is None else (beta1, beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+        config=settings.optimizer_config,
+    )
+
+
 def build_optimizer(
     settings: OptimizerSettings, groups: Sequence[ParamGroup], seeds: Seeds
 ) -> torch.optim.Optimizer:
@@ -31,14 +47,7 @@ def build_optimizer(
     """
     assert len({group.name for group in groups}) == len(groups), "state is kept by group name"
     make = OPTIMIZERS[settings.optimizer].load()
-    beta1, beta2 = settings.optimizer_beta1, settings.optimizer_beta2
-    options = numbers(
-        settings.optimizer,
-        betas=None if beta1 is None or beta2 is None else (beta1, beta2),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-        config=settings.optimizer_config,
-    )
+    options = options_of(settings)
     decay = options.pop("weight_decay")
     ready = [
         {
@@ -107,6 +116,9 @@ def load_optimizer_tensors(
         if tensor.shape != now[key].shape:
             shapes = f"{tuple(tensor.shape)}, now {tuple(now[key].shape)}"
             raise _mismatch(f"remembers {key} of shape {shapes}")
+        if tensor.dtype != now[key].dtype:
+            dtypes = f"{_name(tensor.dtype)}, now {_name(now[key].dtype)}"
+            raise _mismatch(f"remembers {key} in {dtypes}")
         what, _, name = key.partition(":")
         if what == "group":
             what, _, name = name.partition(":")
@@ -153,12 +165,16 @@ def _restored(before: Any, tensor: Tensor) -> Any:
     """`tensor` as the optimizer keeps it: a plain number, or a tensor of the same layout."""
     if not isinstance(before, Tensor):
         return type(before)(tensor.item())
-    return torch.empty_like(before, dtype=tensor.dtype).copy_(tensor)
+    return torch.empty_like(before).copy_(tensor)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _mismatch(what: str) -> TrainingError:
     return TrainingError(
         f"the optimizer saved in the checkpoint {what}",
-        fix="set optimizer and the trained layers back to what the checkpoint was made with, or"
-        " start anew with resume_from_checkpoint none",
+        fix="set optimizer, optimizer_config and the trained layers back to what the checkpoint was"
+        " made with, or start anew with resume_from_checkpoint none",
     )

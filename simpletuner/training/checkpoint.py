@@ -4,7 +4,7 @@ checkpoint-N/
   pytorch_lora_weights.safetensors   what the user loads elsewhere
   trainable.safetensors              the same weights under their names, exactly as they train
   optimizer.safetensors              the optimizer's tensors by parameter name
-  state.json                         step, epoch, samples, plan, versions
+  state.json                         step, epoch, samples, and what the run was trained with
   manifest.json                      size and SHA-256 of each file above; written last
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.adapters.export import read_tensors, write_tensors
-from simpletuner.core.errors import DataError, TrainingError
+from simpletuner.core.errors import TrainingError
 from simpletuner.core.events import Bus, CheckpointSaved
 from simpletuner.core.files import (
     PARTIAL,
@@ -37,14 +37,16 @@ from simpletuner.core.files import (
     write_json,
 )
 from simpletuner.optim.build import load_optimizer_tensors, optimizer_tensors
-from simpletuner.training.identity import changed
+from simpletuner.training.identity import check_data, check_model, machine_told, settings_told
 
 if TYPE_CHECKING:
     from simpletuner.adapters.weights import Weights
     from simpletuner.training.state import TrainState
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_FORMAT = 1
+_FORMAT = 2
+"""Of all files of a checkpoint; kept in its manifest."""
+
 _NEEDED = frozenset({"trainable.safetensors", "optimizer.safetensors", "state.json"})
 
 
@@ -75,7 +77,10 @@ def verify(folder: Path) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{folder.name}/manifest.json cannot be read") from error
     if format_ != _FORMAT:
-        raise DamagedCheckpoint(f"{folder.name} is of another version of simpletuner")
+        raise DamagedCheckpoint(
+            f"{folder.name} is of another version of simpletuner: its format is {format_}, this"
+            f" version reads {_FORMAT}"
+        )
     for name in sorted(_NEEDED - files.keys()):
         raise DamagedCheckpoint(f"{folder.name}/manifest.json does not list {name}")
     for name, facts in files.items():
@@ -183,7 +188,8 @@ class Checkpointer:
             The checkpoint used, or None for a fresh start.
 
         Raises:
-            TrainingError: The one named does not exist or is damaged, or none verifies.
+            TrainingError: The one named does not exist or is damaged, none verifies, or its
+                tensors are of another model or optimizer.
             DataError: The data is not what the checkpoint was trained on.
         """
         self._recover()
@@ -192,8 +198,7 @@ class Checkpointer:
             self._set_aside(0)
             return None
         facts = read_json(folder / "state.json")
-        self._check_identity(facts, on_data_change)
-        self._check_numbers(facts)
+        self._check(facts, on_data_change)
         self._load_trainable(folder)
         load_optimizer_tensors(
             self.weights.optimizer,
@@ -204,6 +209,8 @@ class Checkpointer:
         self.state.epoch = facts["epoch"]
         self.state.samples_seen = facts["samples_seen"]
         self._set_aside(self.state.step + 1)
+        if folder.resolve().parent == self.folder.root.resolve():
+            self._rotate(folder)  # a kill at the rename or after it left one more than the limit
         return folder
 
     def _set_aside(self, first: int) -> None:
@@ -270,32 +277,18 @@ class Checkpointer:
     def _names(self) -> str:
         return ", ".join(path.name for _, path in found_checkpoints(self.folder.root)) or "none"
 
-    def _check_identity(self, facts: Mapping[str, Any], on_data_change: str) -> None:
-        if other := changed(facts["model"], self.state.model):
-            was = ", ".join(f"{name} {facts['model'].get(name)}" for name in other)
-            raise TrainingError(
-                f"the checkpoint is of another model: {', '.join(other)} changed",
-                fix=f"set it back (it was {was}), or start over: resume_from_checkpoint=none",
-            )
-        before = {**facts["data"], "seed": str(facts["seed"])}
-        other = changed(before, {**self.state.data, "seed": str(self.state.seed)})
-        if not other:
-            return
-        what = ", ".join(other)
-        if on_data_change != "continue":
-            raise DataError(
-                f"the checkpoint was trained on other data: {what} changed",
-                fix="undo the change, or go on with the new data: --on_data_change continue",
-            )
-        self.bus.notice(f"{what} changed since the checkpoint; going on with what is there now")
-
-    def _check_numbers(self, facts: Mapping[str, Any]) -> None:
-        if facts["threads"] != self.state.threads:
-            self.bus.notice(
-                f"the checkpoint was trained with {facts['threads']} CPU threads, this run has"
-                f" {self.state.threads}: results can differ in the last digits",
-                "warning",
-            )
+    def _check(self, facts: Mapping[str, Any], on_data_change: str) -> None:
+        """Refuse what may not differ from the checkpoint, and tell of what may."""
+        state = self.state
+        check_model(facts["model"], state.model)
+        data = check_data(facts["data"], state.data, on_data_change)
+        for text, level in (
+            (data, "info"),
+            (settings_told(facts["settings"], state.settings), "info"),
+            (machine_told(facts, state.as_dict()), "warning"),
+        ):
+            if text:
+                self.bus.notice(text, level)
 
     def _load_trainable(self, folder: Path) -> None:
         saved: dict[str, Tensor] = read_tensors(folder / "trainable.safetensors")

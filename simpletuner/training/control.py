@@ -36,6 +36,10 @@ class Control:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def leaving(self) -> bool:
+        """True once an order to leave has come."""
+        return self.leave is not None
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Signals wait for the loop to look at `leave` while the context is open."""

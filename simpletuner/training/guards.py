@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _STEPS = 3
 
+RESUME = "resume_from_checkpoint=latest, the default, resumes from the last checkpoint"
+"""How every advice ends after which a run can go on; true whatever the setting is now."""
+
 
 class LearningGuard:
     """After the first steps every trainable tensor has had a gradient and has moved.
@@ -88,13 +91,16 @@ def explain_not_finite(
             blamed += [f"{s.dataset}/{s.path}" for s in batch.samples]
     if blamed:
         found = f"samples {_some(blamed)}, first in {where}"
-        fix = "repair or remove these pictures, or look at the base model's precision"
+        fix = (
+            "look at the base model's precision, or repair or remove these pictures and start"
+            " again with --on_data_change continue"
+        )
     else:
         found = "samples and base model are sound, so what was trained has diverged"
         fix = "lower learning_rate or max_grad_norm"
     return TrainingError(
         f"the loss of step {step + 1} is not finite: {found}",
-        fix=f"{fix}; the next start resumes from the last checkpoint",
+        fix=f"{fix}; {RESUME}",
     )
 
 

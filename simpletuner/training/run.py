@@ -22,11 +22,11 @@ from simpletuner.precision.fit import fit
 from simpletuner.runtime.runtime import Runtime
 from simpletuner.training.checkpoint import Checkpointer
 from simpletuner.training.control import Control
-from simpletuner.training.identity import data_identity, model_identity
+from simpletuner.training.guards import RESUME
+from simpletuner.training.identity import starting_state
 from simpletuner.training.precompute import precompute
 from simpletuner.training.prefetch import Prefetcher
 from simpletuner.training.report import Report
-from simpletuner.training.state import TrainState
 from simpletuner.training.stepper import Stepper
 from simpletuner.training.timetable import Timetable
 from simpletuner.training.trainer import Trainer
@@ -55,9 +55,19 @@ def train(config: Config, datasets: Datasets, folder: RunFolder, bus: Bus) -> Pa
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise TrainingError(
                 f"the memory is full: {str(error).splitlines()[0] if str(error) else 'of the CPU'}",
-                fix="lower train_batch_size or resolution, or set gradient_checkpointing true and"
-                " mixed_precision bf16; the next start resumes from the last checkpoint",
+                fix=f"{_less_memory(config)}; {RESUME}",
             ) from error
+
+
+def _less_memory(config: Config) -> str:
+    """What is left to do against a full memory; what keeps the plan of the run comes first."""
+    precision, smaller = config.precision, "resolution"
+    keep = ["gradient_checkpointing true"] * (not precision.gradient_checkpointing)
+    keep += ["mixed_precision bf16"] * (precision.mixed_precision == "no")
+    if config.schedule.train_batch_size > 1:
+        smaller = "train_batch_size or resolution"
+    first = f"set {' and '.join(keep)}; if that is not enough, " if keep else ""
+    return f"{first}lower {smaller} and start again with --on_data_change continue"
 
 
 def _train(
@@ -88,12 +98,7 @@ def _train(
     fit(denoiser, config.precision)
     weights = Weights(trainable, build_optimizer(config.optimizer, trainable.groups(), seeds))
     # 5. where the run stands
-    state = TrainState(
-        data_identity(plan, caches.sources),
-        model_identity(config, family),
-        seeds.seed,
-        torch.get_num_threads(),
-    )
+    state = starting_state(config, family, plan, caches.sources, timetable.total_steps, place)
     report = Report(config, datasets, family, folder, bus)
     limit = config.schedule.checkpoints_total_limit
     saver = Checkpointer(folder, state, weights, limit, report.metadata, bus)
@@ -105,7 +110,9 @@ def _train(
     stepper = Stepper.of(
         place, family, weights, config.diffusion, config.optimizer, timetable.total_steps, seeds
     )
-    validator = Validator(family, weights, caches, prompts, config.validation, folder, place, bus)
+    validator = Validator(
+        family, weights, caches, prompts, config.validation, folder, place, bus, control.leaving
+    )
     duties = {
         "checkpoint": saver.save,
         "validate": lambda state: validator.sample(state.step, last=timetable.ends(state.step)),

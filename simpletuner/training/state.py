@@ -28,18 +28,21 @@ class TrainState:
 
     Args:
         data: What is trained on, by name, so that what changed can be named.
-        model: What the trained tensors are added to and how, by name.
-        seed: The run's seed.
+        model: What the trained tensors and the optimizer's memory belong to, by name.
+        settings: What else shapes a step, by name.
         threads: torch's thread count: convolution gradients depend on it in the last bit.
+        device: The kind of device, such as ``cpu``.
         step: Optimizer steps done.
         epoch: 0-based epoch of the last step.
         samples_seen: Samples trained on, repeats counted.
+        versions: Of what computes.
     """
 
     data: Mapping[str, str]
     model: Mapping[str, str]
-    seed: int
+    settings: Mapping[str, str]
     threads: int
+    device: str
     step: int = 0
     epoch: int = 0
     samples_seen: int = 0

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from simpletuner.core.errors import Interrupted
+from simpletuner.core.errors import CacheError, DataError, Interrupted, TrainingError
 from simpletuner.core.events import Bus, StepDone
-from simpletuner.training.guards import LearningGuard, explain_not_finite
+from simpletuner.training.guards import RESUME, LearningGuard, explain_not_finite
 
 if TYPE_CHECKING:
     from simpletuner.data.plan import BatchPlan
@@ -75,6 +75,7 @@ class Trainer:
         self._stepper, self._plan, self._prefetcher = stepper, plan, prefetcher
         self._timetable, self._duties = timetable, duties
         self._control, self._bus = control, bus
+        self._first = self._saved = 0
 
     def run(self, state: TrainState) -> None:
         """Train from `state.step` to the timetable's end.
@@ -82,13 +83,15 @@ class Trainer:
         Raises:
             Interrupted: Asked to leave; a checkpoint of the last step is on disk.
             TrainingError: A guard spoke.
+            CacheError, DataError: A window cannot be read; the steps before it are saved.
         """
+        self._first = self._saved = state.step
         guard = LearningGuard(self._stepper.weights)
         told: _Taken | None = None
         while state.step < self._timetable.total_steps:
             # 1. the window, read ahead by the prefetcher
             began = time.perf_counter()
-            window = self._prefetcher.window(state.step)
+            window = self._window(state, told)
             # 2. one optimizer step
             outcome = self._stepper.step(state.step, window)
             guard.watch()
@@ -102,13 +105,21 @@ class Trainer:
             self._count(state, window)
             # 5. what is due, and leaving cleanly; nothing is saved on top of an unread loss
             due = self._timetable.due(state.step)
-            if due or self._control.leave is not None:
+            if due or self._control.leaving():
                 self._tell(told)
                 told = None
                 self._do(due, state)
-            if self._control.leave is not None and state.step < self._timetable.total_steps:
-                self._leave(state, saved="checkpoint" in due)
         self._tell(told)
+
+    def _window(self, state: TrainState, told: _Taken | None) -> Window:
+        """The next window; where it cannot be read, the steps done are told and saved first."""
+        try:
+            return self._prefetcher.window(state.step)
+        except (CacheError, DataError) as error:
+            self._tell(told)
+            if state.step == 0:
+                raise
+            raise self._rescue(error, state) from error
 
     def _timed(self, taken: _Taken, began: float) -> _Taken:
         seconds = time.perf_counter() - began
@@ -139,16 +150,51 @@ class Trainer:
         )
 
     def _do(self, due: tuple[str, ...], state: TrainState) -> None:
-        for duty in due:
-            self._duties[duty](state)
+        """What is due, in its order; once an order to leave has come, the checkpoint alone.
 
-    def _leave(self, state: TrainState, *, saved: bool) -> None:
-        if not saved:
+        Raises:
+            Interrupted: Such an order has come, and steps are left to do.
+        """
+        for duty in due:
+            if duty == "checkpoint":
+                self._save(state)
+            elif self._control.leaving():
+                self._bus.notice(f"{duty} after step {state.step} is left out: {self._signal} came")
+            else:
+                self._duties[duty](state)
+        if self._control.leaving():
+            self._save(state)
+            if not self._timetable.ends(state.step):
+                raise Interrupted(
+                    self._control.leave or signal.SIGINT,
+                    f"stopped by {self._signal} after {self._place(state)}; it is saved",
+                    fix="start it again with resume_from_checkpoint=latest, the default: it goes on"
+                    " there",
+                )
+
+    def _save(self, state: TrainState) -> None:
+        if state.step != self._saved:
             self._duties["checkpoint"](state)
-        number = self._control.leave or signal.SIGINT
-        raise Interrupted(
-            number,
-            f"stopped by {signal.Signals(number).name} after step {state.step} of"
-            f" {self._timetable.total_steps}; it is saved",
-            fix="start it again with resume_from_checkpoint=latest, the default: it goes on there",
-        )
+            self._saved = state.step
+
+    def _rescue(self, error: CacheError | DataError, state: TrainState) -> CacheError | DataError:
+        """Save the steps of this start; the error of the window after them, which says so."""
+        kind = CacheError if isinstance(error, CacheError) else DataError
+        message, advice = error.message, [error.fix] if error.fix else []
+        if state.step > self._first:
+            try:
+                self._save(state)
+                message += f"; {self._place(state)} is saved"
+                advice.append(RESUME)
+            except TrainingError as refused:
+                message += f"; {refused.message}"
+        if kind is DataError:
+            advice.append("add --on_data_change continue if pictures or captions were changed")
+        return kind(message, fix="; ".join(advice) or None)
+
+    def _place(self, state: TrainState) -> str:
+        return f"step {state.step} of {self._timetable.total_steps}"
+
+    @property
+    def _signal(self) -> str:
+        return signal.Signals(self._control.leave or signal.SIGINT).name

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Validator:
-    """Renders every prompt at every resolution."""
+    """Renders every prompt at every resolution.
+
+    Args:
+        leaving: True once the run is to end; asked before each picture, and none is begun then.
+    """
 
     family: Family
     weights: Weights
@@ -40,6 +45,7 @@ class Validator:
     folder: RunFolder
     place: Place
     bus: Bus
+    leaving: Callable[[], bool]
 
     def sample(self, step: int, *, last: bool = False) -> list[Path]:
         """Write ``step_N_NAME_I_WxH.png`` and ``.json`` for each picture; never stops training.
@@ -61,19 +67,35 @@ class Validator:
     def _sample(self, step: int, *, last: bool) -> list[Path]:
         if not self.prompts.entries:
             return []
-        trainable = self.weights.trainable
+        trainable, wanted = self.weights.trainable, list(self._wanted())
+        both = last and not self.settings.disable_benchmark
+        base: list[Path] = []
         with (
             self.weights.at("eval"),
             open_sampler(
                 self.family, trainable.denoiser, self.caches.open_vae, self.place
             ) as sampler,
         ):
-            made = [self._render(sampler, wanted, step) for wanted in self._wanted()]
-            if not last or self.settings.disable_benchmark:
-                return made
-            with trainable.disabled():
-                base = [self._render(sampler, wanted, None) for wanted in self._wanted()]
-        return [*made, *base, self._compare(base, made, step)]
+            made = self._round(sampler, wanted, step)
+            if both:
+                with trainable.disabled():
+                    base = self._round(sampler, wanted, None)
+        total, done = len(wanted) * (1 + both), len(made) + len(base)
+        if done < total:
+            self.bus.notice(
+                f"validation after step {step} ended with {done} of {total} pictures: the run was"
+                " asked to leave"
+            )
+        elif both:
+            return [*made, *base, self._compare(base, made, step)]
+        return [*made, *base]
+
+    def _round(
+        self, sampler: Sampler, wanted: Sequence[tuple[Prompt, int, Shot]], step: int | None
+    ) -> list[Path]:
+        """The pictures of a step, or with None of the base; those up to an order to leave."""
+        begun = takewhile(lambda _: not self.leaving(), wanted)
+        return [self._render(sampler, each, step) for each in begun]
 
     def _wanted(self) -> Iterator[tuple[Prompt, int, Shot]]:
         """Every picture of a round: its prompt, its number, and what is asked of the pipeline."""

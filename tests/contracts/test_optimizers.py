@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -265,13 +266,29 @@ def test_an_optimizer_that_is_not_built_says_so() -> None:
         optimizer_of("prodigy", groups_of(torch.float32))
 
 
-def test_the_memory_of_another_optimizer_is_refused() -> None:
-    groups, others = groups_of(torch.float32), groups_of(torch.float32)
-    lion, adamw = optimizer_of("optimi-lion", groups), optimizer_of("torch-adamw", others)
-    train(lion, groups, range(1))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("before", "now"), list(permutations(BUILT, 2)))
+def test_the_memory_of_another_optimizer_is_refused(
+    before: str, now: str, dtype: torch.dtype
+) -> None:
+    groups, others = groups_of(dtype), groups_of(dtype)
+    left, taken_up = optimizer_of(before, groups), optimizer_of(now, others)
+    train(left, groups, range(1))
 
-    with pytest.raises(TrainingError, match="saved in the checkpoint lacks exp_avg_sq:"):
-        load_optimizer_tensors(adamw, others, optimizer_tensors(lion, groups))
+    with pytest.raises(TrainingError, match=r"in the checkpoint (lacks|remembers) ") as error:
+        load_optimizer_tensors(taken_up, others, optimizer_tensors(left, groups))
+
+    assert error.value.fix is not None
+    assert error.value.fix.startswith("set optimizer, optimizer_config and the trained layers back")
+
+
+def test_memory_of_another_dtype_is_refused_by_both_dtypes() -> None:
+    groups, others = groups_of(torch.float32), groups_of(torch.float32)
+    ours, torchs = optimizer_of("adamw_bf16", groups), optimizer_of("torch-adamw", others)
+    train(ours, groups, range(1))
+
+    with pytest.raises(TrainingError, match=r"remembers step:\S+ in int64, now float32"):
+        load_optimizer_tensors(torchs, others, optimizer_tensors(ours, groups))
 
 
 def test_the_memory_of_layers_that_do_not_train_now_is_refused_by_name() -> None:

@@ -305,7 +305,7 @@ def test_the_fingerprint_names_what_changed() -> None:
         "dataset one: sizes": plan_of(replace(base, buckets=sizes)),
         "dataset one: repeats": plan_of(replace(base, repeats=1)),
         "dataset one: probability": plan_of(replace(base, probability=0.5)),
-        "samples per micro-batch on all ranks": plan_of(base, batch=2),
+        "train_batch_size": plan_of(base, batch=2),
         "gradient_accumulation_steps": plan_of(base, accumulation=2),
         "seed": plan_of(base, seed=1),
     }

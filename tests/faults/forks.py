@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -91,23 +92,37 @@ class Forks:
         run: Run,
         plan: Mapping[str, Any] | None = None,
         *,
+        root: Path | None = None,
         windows: Path | None = None,
         **settings: Any,
     ) -> Going:
-        """Start a run with a plan of `tests.faults.points`; without one its points are counted."""
+        """Start a run with a plan of `tests.faults.points`; without one its points are counted.
+
+        Args:
+            root: Where the points are; the output folder if not given.
+        """
         self._runs += 1
         stem = self._folder / f"run-{self._runs}"
         order: dict[str, Any] = {
             "start": str(run.write(**settings)),
             "output": str(stem.with_suffix(".txt")),
             "record": str(stem.with_suffix(".points")),
-            "root": str(run.out),
+            "root": str(root or run.out),
             "plan": dict(plan or {}),
         }
         if windows is not None:
             order["windows"] = str(windows)
         process = self.ask(order)
         return Going(self, process, Path(order["output"]), Path(order["record"]))
+
+    def hold(self, run: Run, gate: Path, plan: Mapping[str, Any], **more: Any) -> Going:
+        """Start a run; it has reached the plan's point and waits there until `gate` is made."""
+        going = self.start(run, {**plan, "act": "wait", "gate": str(gate)}, **more)
+        until = time.monotonic() + 600
+        while not Path(f"{gate}.reached").exists():
+            assert time.monotonic() < until, going.output.read_text()
+            time.sleep(0.01)
+        return going
 
     def train(self, run: Run, plan: Mapping[str, Any] | None = None, **more: Any) -> Ended:
         """Start a run and wait for its end."""
@@ -140,6 +155,11 @@ def is_whole(checkpoint: Path) -> bool:
         and sha256((checkpoint / name).read_bytes()).hexdigest() == facts["sha256"]
         for name, facts in files.items()
     )
+
+
+def checkpoints(root: Path) -> list[str]:
+    """What there is by the name of a checkpoint, whatever its state."""
+    return sorted(path.name for path in root.glob("checkpoint-*"))
 
 
 def newest_step(root: Path) -> int:

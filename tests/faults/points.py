@@ -11,16 +11,32 @@ import errno
 import io
 import os
 import pathlib
+import re
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 _LOGS = ("events.jsonl", "simpletuner.log")
-_GROWING = ("create", "mkdir", "write", "half", "fsync")
+GROWING = ("create", "mkdir", "write", "half", "fsync")
+"""Operations that a full disk refuses."""
+
+_LONGEST_WAIT_SECONDS = 600
+
+
+def plain(where: str) -> str:
+    """A point's path without what chance has named: the same in every run and for every family.
+
+    ``cache/index/.one.parquet.0b34ba28.tmp/one.parquet`` is ``cache/index/one.parquet``.
+    """
+    where = re.sub(r"\.([^/]+?)\.[0-9a-f]{8}\.tmp(/\1$)?", r"\1", where)
+    where = re.sub(r"[0-9a-f]{13}-\d{3}-[0-9a-f]{8}(?=\.)", "PACK", where)
+    where = re.sub(r"\.removing/.+", ".removing/FILE", where)
+    return re.sub(r"^((cache/)?(text|vae))/[^/]+", r"\1/FAMILY", where)
 
 
 @dataclass(frozen=True)
@@ -29,10 +45,12 @@ class Plan:
 
     Args:
         at: Its number, counted from 1; 0 is never.
-        act: ``kill`` (SIGKILL), ``full`` (the disk takes nothing more), or ``signals``.
+        act: ``kill`` (SIGKILL), ``full`` (the disk takes nothing more), ``signals``, or ``wait``.
         what: The only operation that is counted; all if empty.
         only: Points whose path does not contain this are not counted.
+        path: The only `plain` path that is counted; all if empty.
         signals: Sent to the process itself, in this order.
+        gate: Waited for until it is there; ``GATE.reached`` is made first.
         file_bytes: No file may grow beyond this: a full disk as the system tells it; 0 is no limit.
     """
 
@@ -40,7 +58,9 @@ class Plan:
     act: str = "kill"
     what: str = ""
     only: str = ""
+    path: str = ""
     signals: Sequence[int] = ()
+    gate: str = ""
     file_bytes: int = 0
 
 
@@ -92,20 +112,26 @@ class Watch:
         with self.lock:
             where = str(path.relative_to(self.root))
             os.write(self._record, f"{what} {where}\n".encode())
-            counts = self.plan.what in ("", what) and self.plan.only in where
-            self.count += counts
-            struck = counts and self.count == self.plan.at
-            if (struck or (self.full and what in _GROWING)) and half is not None:
+            struck = self._strikes(what, where)
+            if (struck or (self.full and what in GROWING)) and half is not None:
                 half()
             if struck and self.plan.act == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if struck and self.plan.act == "signals":
                 for number in self.plan.signals:
                     os.kill(os.getpid(), number)
+            if struck and self.plan.act == "wait":
+                _wait_for(Path(self.plan.gate))
             if struck and self.plan.act == "full":
                 self.full = True
-            if self.plan.act == "full" and (struck or (self.full and what in _GROWING)):
+            if self.plan.act == "full" and (struck or (self.full and what in GROWING)):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def _strikes(self, what: str, where: str) -> bool:
+        plan = self.plan
+        counts = plan.what in ("", what) and plan.path in ("", plain(where)) and plan.only in where
+        self.count += counts
+        return counts and self.count == plan.at
 
     def ours(self, path: Path) -> bool:
         """True for what is below the root and no log."""
@@ -219,6 +245,14 @@ def watch(order: Mapping[str, Any]) -> None:
         Watch(Path(order["root"]), Path(order["record"]), plan).install()
     if "windows" in order:
         record_windows(Path(order["windows"]))
+
+
+def _wait_for(gate: Path) -> None:
+    Path(f"{gate}.reached").touch()
+    until = time.monotonic() + _LONGEST_WAIT_SECONDS
+    while not gate.exists():
+        assert time.monotonic() < until, f"nobody made {gate}"
+        time.sleep(0.01)
 
 
 def _path_of(descriptor: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,44 +19,72 @@ LATENTS = 4
 CAPTIONS = LATENTS + 3
 """Of every picture; the dropped one, the validation prompt and the negative one."""
 
-_ONE, _TWO = "cache/index/.one.", "cache/index/.two."
-_TEXT, _VAE = "cache/text/", "cache/vae/"
-_PART = ".parquet"
-CHAIN = (
+Strike = tuple[str, str, int]
+"""Operation, `plain` path, and the how manieth of these in a start."""
+
+_WRITTEN = ("mkdir", "write", "half", "fsync", "replace", "rmdir")
+"""What befalls a file that is written through a folder of its own."""
+
+
+def _each(path: str, *whats: str, at: int = 1) -> tuple[Strike, ...]:
+    return tuple((what, path, at) for what in whats or _WRITTEN)
+
+
+_TEXT, _VAE = "cache/text/FAMILY", "cache/vae/FAMILY"
+_SAVED, _IMAGES = "checkpoint-2.partial", "validation_images"
+_RESULT = "pytorch_lora_weights.safetensors"
+CHAIN: tuple[Strike, ...] = (
+    *(("mkdir", ".", 1), ("create", ".lock", 1)),
     # the index of a dataset
-    *((what, _ONE, 1) for what in ("mkdir", "write", "half", "fsync")),
-    ("replace", "cache/index/one", 1),
-    ("rmdir", _ONE, 1),
-    ("half", _TWO, 1),
-    ("fsync", "cache/index", 2),
+    *(("mkdir", "cache/index", 1), ("mkdir", "cache", 1)),
+    *_each("cache/index/one.parquet"),
+    *(("half", "cache/index/two.parquet", 1), ("fsync", "cache/index", 1)),
+    # digests of the model's files; there are more of them to come
+    *(*_each("cache/digests.json"), ("fsync", "cache", 1)),
     # a pack and its part; once the pack has its name, the next start rebuilds the part
-    ("mkdir", _TEXT, 1),
-    *(("create", _TEXT, 1), ("write", _TEXT, 1), ("half", _TEXT, 1)),
-    *(("write", _TEXT, 2), ("half", _TEXT, 2), ("fsync", _TEXT, 1), ("rename", _TEXT, 1)),
-    ("fsync", _TEXT, 2),
-    *((what, _PART, at) for what, at in (("mkdir", 1), ("half", 1), ("fsync", 1), ("replace", 1))),
+    *(("mkdir", _TEXT, 1), ("mkdir", "cache/text", 1)),
+    *_each(f"{_TEXT}/PACK.partial", "create", "write", "half"),
+    *_each(f"{_TEXT}/PACK.partial", "write", "half", at=2),
+    *(("fsync", f"{_TEXT}/PACK.partial", 1), ("rename", f"{_TEXT}/PACK.safetensors", 1)),
+    *(("fsync", _TEXT, 1), *_each(f"{_TEXT}/PACK.parquet")),
     # two packs, one sealed after the other
-    *(("half", f"{_VAE}", at) for at in (2, 5)),
-    # a checkpoint
-    ("mkdir", "checkpoint-2", 1),
-    ("mkdir", "checkpoint-2.partial/.pytorch", 1),
-    ("write", "checkpoint-2.partial/.trainable", 1),
-    ("half", "checkpoint-2.partial/.optimizer", 1),
-    ("fsync", "checkpoint-2.partial/.state", 1),
-    ("half", "checkpoint-2.partial/.manifest", 1),
-    ("replace", "checkpoint-2.partial/manifest", 1),
-    ("rename", "checkpoint-2", 1),
-    # pictures, the next checkpoint, and the removal of the one before
-    ("half", "validation_images/.step_3", 1),
-    ("half", "checkpoint-4.partial/.trainable", 1),
-    ("rename", "checkpoint-4", 1),
+    *(("mkdir", f"{_VAE}/two", 1), ("mkdir", _VAE, 1), ("mkdir", "cache/vae", 1)),
+    *_each(f"{_VAE}/two/PACK.partial", "create", "write", "half"),
+    *(("half", f"{_VAE}/two/PACK.partial", 2), ("fsync", f"{_VAE}/two/PACK.partial", 1)),
+    *(("rename", f"{_VAE}/two/PACK.safetensors", 1), ("fsync", f"{_VAE}/two", 1)),
+    *_each(f"{_VAE}/two/PACK.parquet"),
+    *(("half", f"{_VAE}/one/PACK.partial", 2), ("half", f"{_VAE}/one/PACK.parquet", 1)),
+    # what a start writes down
+    *(*_each("resolved_config.json"), ("fsync", ".", 1)),
+    *_each("run.json"),
+    # a checkpoint; once it is whole, the next start names it
+    *(("mkdir", _SAVED, 1), *_each(f"{_SAVED}/{_RESULT}"), ("fsync", _SAVED, 1)),
+    *_each(f"{_SAVED}/trainable.safetensors"),
+    *_each(f"{_SAVED}/optimizer.safetensors"),
+    *_each(f"{_SAVED}/state.json"),
+    *_each(f"{_SAVED}/manifest.json"),
+    *(("rename", "checkpoint-2", 1), ("fsync", ".", 1)),
+    # pictures
+    *(("mkdir", _IMAGES, 1), *_each(f"{_IMAGES}/step_3_validation_0_64x96.png")),
+    *(("fsync", _IMAGES, 1), *_each(f"{_IMAGES}/step_3_validation_0_64x96.json")),
+    # the next checkpoint, named by the next start, and the removal of the one before
+    *(("half", "checkpoint-4.partial/optimizer.safetensors", 1), ("rename", "checkpoint-4", 1)),
+    *_each("checkpoint-2.removing", "rename"),
+    *_each("checkpoint-2.removing/FILE", "unlink", at=2),
+    *_each("checkpoint-2.removing", "rmdir"),
     # the result
-    *((what, ".pytorch_lora_weights", 1) for what in ("mkdir", "write", "half", "fsync")),
-    ("replace", "pytorch_lora_weights", 1),
-    ("half", ".run.json", 2),
+    *(("mkdir", "staging", 1), *_each(f"staging/{_RESULT}"), ("fsync", "staging", 1)),
+    *(("replace", _RESULT, 1), ("fsync", ".", 3), ("rmdir", "staging", 1)),
+    ("half", "run.json", 2),
 )
-"""Operation, a part of its path, and the how manieth of these: one after the other on one folder,
-each of them is still ahead after the ones before it."""
+"""One after the other on one folder: each of them is still ahead after the ones before it."""
+
+
+def kind(what: str, path: str) -> str:
+    """What a point has in common with others of which one stands for all."""
+    path = re.sub(r"checkpoint-\d+", "checkpoint-N", path)
+    path = re.sub(r"step_\d+_\w+", "step_N", path)
+    return f"{what} {re.sub(r'/(one|two)(?=[./]|$)', '/DATASET', path)}"
 
 
 class SmallRun(Run):

@@ -174,16 +174,44 @@ def test_a_signal_in_the_loop_saves_and_a_second_one_ends_at_once(small: Small) 
     assert leavings(run.out) == []
 
 
-def test_two_runs_fill_one_cache_at_the_same_time(small: Small) -> None:
-    cache = small.root / "shared"
-    runs = [small.fresh(), small.fresh()]
-    going = [small.forks.start(run, cache_dir=str(cache)) for run in runs]
-    ended = [each.wait() for each in going]
-    assert [each.code for each in ended] == [0, 0], ended[0].output + ended[1].output
-    assert [run.weights == small.straight.weights for run in runs] == [True, True]
-    assert_whole(cache)
-    assert len(sealed_keys(cache)) == LATENTS + CAPTIONS
+@pytest.mark.parametrize(
+    ("what", "path", "captions", "latents"),
+    [
+        ("fsync", "cache/text/FAMILY/PACK.partial", CAPTIONS, LATENTS),
+        ("mkdir", "cache/text/FAMILY/PACK.parquet", 0, LATENTS),
+        ("fsync", "cache/vae/FAMILY/two/PACK.partial", 0, LATENTS),
+        ("mkdir", "cache/vae/FAMILY/two/PACK.parquet", 0, LATENTS // 2),
+    ],
+    ids=["unsealed-text", "text-without-part", "unsealed-latents", "latents-without-part"],
+)
+def test_two_runs_fill_one_cache_at_the_same_time(
+    small: Small, what: str, path: str, captions: int, latents: int, tmp_path: Path
+) -> None:
+    """One waits with a pack of its own not yet sealed, or not yet in the index; the other passes.
+
+    Args:
+        captions: Those the other one has to encode; it uses a sealed pack without a part.
+        latents: The same of latents.
+    """
+    run, other = small.fresh(), small.fresh()
+    shared = tmp_path / "shared"
+    plan = {"what": what, "path": path.removeprefix("cache/"), "at": 1}
+    gate = tmp_path / "gate"
+    holding = small.forks.hold(run, gate, plan, root=shared, cache_dir=str(shared))
+    ended = small.forks.train(other, cache_dir=str(shared))
+    assert ended.code == 0, ended.output
+    assert other.encoded() == captions + latents
+    gate.touch()
+    held = holding.wait()
+    assert held.code == 0, held.output
+    assert [each.weights == small.straight.weights for each in (run, other)] == [True, True]
+    assert_whole(shared)
+    assert not list(shared.rglob("*.partial"))
+    assert len(sealed_keys(shared)) == LATENTS + CAPTIONS
+    assert {p.stem for p in shared.rglob("*.parquet")} - {"one", "two"} == {
+        p.stem for p in shared.rglob("*.safetensors")
+    }
     third = small.fresh()
-    assert small.forks.train(third, cache_dir=str(cache)).code == 0
+    assert small.forks.train(third, cache_dir=str(shared)).code == 0
     assert third.encoded() == 0
     assert third.weights == small.straight.weights

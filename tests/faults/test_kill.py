@@ -10,12 +10,14 @@ import pytest
 from tests.faults.forks import (
     Ended,
     assert_whole,
+    checkpoints,
     encoded_at_start,
     leavings,
     newest_step,
     sealed_keys,
 )
-from tests.faults.small import CAPTIONS, CHAIN, LATENTS, Small, SmallRun
+from tests.faults.points import plain
+from tests.faults.small import CAPTIONS, CHAIN, LATENTS, Small, SmallRun, kind
 
 KILLED = -signal.SIGKILL
 
@@ -32,6 +34,9 @@ class Progress:
 
     def look(self) -> None:
         """After a start that ended somehow: no less than before, nothing half, nothing twice."""
+        if not (self.run.out / "events.jsonl").exists():  # so early
+            assert (self.step, self.text, self.latents) == (0, set(), set())
+            return
         assert_whole(self.run.out)
         told = self.run.events()[self.lines :]
         for stage, total, before in (
@@ -55,6 +60,7 @@ def assert_as_unbroken(small: Small, run: SmallRun, ended: Ended) -> None:
     assert ended.code == 0, ended.output
     assert run.weights == small.straight.weights
     assert newest_step(run.out) == 4
+    assert checkpoints(run.out) == ["checkpoint-4"]  # the limit is one
     assert leavings(run.out) == []
 
 
@@ -63,13 +69,41 @@ def test_a_run_killed_over_and_over_loses_nothing_and_ends_as_the_unbroken_one(
 ) -> None:
     run = small.fresh()
     progress = Progress(run)
-    for what, only, at in CHAIN:
-        ended = small.forks.train(run, {"act": "kill", "what": what, "only": only, "at": at})
-        assert ended.code == KILLED, f"{what} {only} {at} was not met\n{ended.output}"
+    for what, path, at in CHAIN:
+        ended = small.forks.train(run, {"act": "kill", "what": what, "path": path, "at": at})
+        assert ended.code == KILLED, f"{what} {path} {at} was not met\n{ended.output}"
         progress.look()
     ended = small.forks.train(run)
     progress.look()
     assert_as_unbroken(small, run, ended)
+
+
+def test_one_point_of_every_kind_is_killed(small: Small) -> None:
+    there = {kind(what, plain(path)) for what, path in (p.split(" ", 1) for p in small.points)}
+    struck = {kind(what, path) for what, path, _ in CHAIN}
+    assert sorted(there - struck) == []  # add them to CHAIN
+    assert sorted(struck - there) == []
+
+
+def test_a_kill_in_the_rotation_leaves_the_new_checkpoint_and_the_old_one_goes(
+    small: Small,
+) -> None:
+    for what, path in (
+        ("rename", "checkpoint-4.removing"),
+        ("unlink", "checkpoint-4.removing/FILE"),
+        ("rmdir", "checkpoint-4.removing"),
+    ):
+        run = small.copy()
+        plan = {"act": "kill", "what": what, "path": path, "at": 1}
+        ended = small.forks.train(run, plan, max_train_steps=6)
+        assert ended.code == KILLED, ended.output
+        old = "checkpoint-4" if what == "rename" else "checkpoint-4.removing"
+        assert checkpoints(run.out) == [old, "checkpoint-6"]
+        assert newest_step(run.out) == 6
+        assert_whole(run.out)
+        ended = small.forks.train(run, max_train_steps=6)
+        assert ended.code == 0, ended.output
+        assert checkpoints(run.out) == ["checkpoint-6"]
 
 
 @pytest.mark.slow

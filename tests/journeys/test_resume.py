@@ -103,7 +103,7 @@ def test_twelve_steps_are_five_a_kill_and_seven_to_the_bit(
         "mixed_precision": precision,
     }
     # ten steps, of which the last five are not in a checkpoint yet
-    kill = {"act": "kill", "what": "mkdir", "only": "checkpoint-10", "at": 1}
+    kill = {"act": "kill", "what": "mkdir", "only": "checkpoint-10.partial", "at": 1}
     killed = bench.forks.start(cut, kill, windows=orders[1], **settings)
     whole = bench.forks.train(straight, windows=orders[0], **settings)
     assert whole.code == 0, whole.output
@@ -152,7 +152,7 @@ def test_what_changed_since_the_checkpoint_is_refused_by_name_unless_told_to_go_
     pictures = sorted((tmp_path / "pictures").iterdir())
     assert bench.forks.train(run, max_train_steps=2).code == 0
     for change, named in (
-        ({"train_batch_size": 1}, "samples per micro-batch on all ranks"),
+        ({"train_batch_size": 1}, "train_batch_size"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
         ({"seed": 7}, "seed"),
     ):

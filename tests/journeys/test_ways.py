@@ -165,7 +165,9 @@ def another(part: str, model: Path, folder: Path) -> Path:
     return folder / "model"
 
 
-@pytest.mark.parametrize("change", ["lora_alpha", "base model", "prediction_type", "VAE"])
+@pytest.mark.parametrize(
+    "change", ["lora_alpha", "base model", "prediction_type", "VAE", "optimizer"]
+)
 def test_another_model_is_refused_by_name(
     bench: Bench, tmp_path: Path, capsys: Captured, change: str
 ) -> None:
@@ -177,13 +179,15 @@ def test_another_model_is_refused_by_name(
         settings["pretrained_model_name_or_path"] = str(another("unet", bench.model, tmp_path))
     elif change == "prediction_type":
         settings["prediction_type"] = "v_prediction"
+    elif change == "optimizer":
+        settings["optimizer"] = "torch-adamw"
     else:
         model = another("vae", bench.model, tmp_path)
         settings["pretrained_vae_model_name_or_path"] = str(model / "vae")
     before = tree(run.out / "checkpoint-4")
     assert run.train(max_train_steps=5, on_data_change="continue", **settings) == 7
     message = capsys.readouterr().err
-    assert f"the checkpoint is of another model: {change} changed" in message
+    assert f"this run cannot go on from the checkpoint: {change} changed" in message
     assert "resume_from_checkpoint=none" in message
     assert run.names() == {"checkpoint-2", "checkpoint-4"}
     assert tree(run.out / "checkpoint-4") == before
@@ -205,17 +209,59 @@ def test_other_captions_are_refused_by_name_unless_told_to_go_on(
         run.dataset["caption_dropout_probability"] = 0.5
     assert run.train(max_train_steps=5) == 3
     message = capsys.readouterr().err
-    assert "trained on other data: pictures: captions changed" in message
+    assert "trained on other data: dataset pictures: captions changed" in message
     assert "--on_data_change continue" in message
     assert run.train(max_train_steps=5, on_data_change="continue") == 0
     assert "pictures: captions changed since the checkpoint; going on" in run.notices()
     assert run.steps() == [1, 2, 3, 4, 5]
 
 
-def test_another_learning_rate_and_schedule_are_resumed_with(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dataset", "settings", "told"),
+    [
+        ({"crop_style": "corner"}, {}, "dataset pictures: crop_style changed (was random, now"),
+        ({}, {"vae_enable_tiling": True}, "vae_enable_tiling changed (was false, now true)"),
+        ({}, {"train_batch_size": 1}, "train_batch_size changed (was 2, now 1)"),
+    ],
+)
+def test_pictures_that_would_be_others_are_refused_by_name(
+    bench: Bench,
+    tmp_path: Path,
+    capsys: Captured,
+    dataset: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    told: str,
+) -> None:
     run = bench.copy(tmp_path)
+    run.dataset |= dataset
+    assert run.train(max_train_steps=5, **settings) == 3
+    message = capsys.readouterr().err
+    assert told in message
+    assert ("on other data" in message) == bool(dataset)
+    assert run.steps() == [1, 2, 3, 4]
+
+
+def test_another_learning_rate_and_schedule_are_resumed_with_and_told_once(
+    bench: Bench, tmp_path: Path
+) -> None:
+    run = bench.copy(tmp_path)
+    before = len(run.events("notice"))
     assert run.train(max_train_steps=6, learning_rate=1e-4, lr_scheduler="constant") == 0
     assert [event["lr"] for event in run.events("step")[4:]] == [1e-4, 1e-4]
+    told = [e["text"] for e in run.events("notice")[before:] if "since the checkpoint" in e["text"]]
+    assert told == [
+        "changed since the checkpoint: learning_rate: was 0.001, now 0.0001; lr_end: was 4e-07, now"
+        " unused; lr_num_cycles: was 1, now unused; lr_scheduler: was cosine, now constant;"
+        " lr_warmup_steps: was 0, now unused; total steps: was 4, now unused"
+    ]
+
+
+def test_more_steps_under_a_schedule_that_falls_say_that_the_rate_jumps(
+    bench: Bench, tmp_path: Path
+) -> None:
+    run = bench.copy(tmp_path)
+    assert run.train(max_train_steps=6) == 0
+    assert "total steps: was 4, now 6; cosine depends on the total steps:" in run.notices()
 
 
 # --- how a run ends ----------------------------------------------------------------------------

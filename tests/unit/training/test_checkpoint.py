@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,16 @@ import torch
 from simpletuner.adapters.weights import Weights
 from simpletuner.core.errors import DataError, TrainingError
 from simpletuner.core.events import Bus, CheckpointSaved, Event, Notice
-from simpletuner.core.files import RunFolder, read_json, write_json
+from simpletuner.core.files import RunFolder, read_json, sha256_file, write_json
 from simpletuner.optim.build import optimizer_tensors
 from simpletuner.training.checkpoint import Checkpointer, DamagedCheckpoint, verify
 from simpletuner.training.state import TrainState
 from simpletuner.training.stepper import Stepper
 from tests.unit.training.builds import build_stepper, make_batch, window_of
 
-DATA = {"dataset a: pictures": "8, 0f", "a: captions": "1"}
-MODEL = {"base model": "ab", "lora_alpha": "6"}
+DATA = {"dataset a: pictures": "8, 0f", "dataset a: captions": "1", "seed": "7"}
+MODEL = {"base model": "ab", "lora_alpha": "6", "optimizer": "adamw_bf16"}
+SETTINGS = {"learning_rate": "0.001", "lr_scheduler": "constant"}
 
 
 class Told:
@@ -85,7 +87,7 @@ def opened(model: Path, root: Path, limit: int = 0) -> Place:
     root.mkdir(exist_ok=True)
     stepper, told = build_stepper(model, adapter={"peft_lora_target_modules": ["to_q"]}), Told()
     weights: Weights = stepper.weights
-    state = TrainState(DATA, MODEL, 7, torch.get_num_threads())
+    state = TrainState(DATA, MODEL, SETTINGS, torch.get_num_threads(), "cpu")
     bus = Bus([told])
     return Place(
         stepper,
@@ -188,51 +190,79 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(place: P
     assert error.value.fix == "there are: checkpoint-4, checkpoint-3, checkpoint-2, checkpoint-1"
 
 
-def test_another_model_is_refused_whatever_is_said_of_data(place: Place) -> None:
-    saver = replace(place.saver, state=replace(place.state, model={**MODEL, "lora_alpha": "9"}))
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("lora_alpha", "9", r"lora_alpha changed \(was 6, now 9\)"),
+        ("optimizer", "torch-adamw", r"optimizer changed \(was adamw_bf16, now torch-adamw\)"),
+        ("base model", "cd", "base model changed$"),
+    ],
+)
+def test_another_model_or_optimizer_is_refused_whatever_is_said_of_data(
+    place: Place, name: str, value: str, told: str
+) -> None:
+    saver = replace(place.saver, state=replace(place.state, model={**MODEL, name: value}))
     before = place.tensors()
-    with pytest.raises(TrainingError, match=r"another model: lora_alpha changed") as error:
+    with pytest.raises(TrainingError) as error:
         saver.resume("checkpoint-2", on_data_change="continue")
-    assert "it was lora_alpha 6" in str(error.value)
+    assert re.search(f"cannot go on from the checkpoint: {told}", error.value.message)
     assert len(place.names()) == 4  # nothing was moved
     assert all(torch.equal(tensor, before[name]) for name, tensor in place.tensors().items())
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "told"),
     [
-        ({"data": {**DATA, "a: captions": "2"}}, "a: captions"),
-        ({"data": {"a: captions": "1"}}, "dataset a: pictures"),
-        ({"data": {**DATA, "b: captions": "1"}}, "b: captions"),
-        ({"seed": 8}, "seed"),
+        ({"dataset a: captions": "2"}, "on other data: dataset a: captions changed"),
+        ({"dataset b: captions": "1"}, "on other data: dataset b is new"),
+        ({"seed": "8"}, "with other settings: seed changed (was 7, now 8)"),
     ],
 )
 def test_other_data_is_refused_by_name_unless_told_to_go_on(
-    place: Place, change: dict[str, object], named: str
+    place: Place, change: dict[str, str], told: str
 ) -> None:
-    state = replace(place.state, **change)
+    state = replace(place.state, data={**DATA, **change})
     saver = replace(place.saver, state=state)
-    with pytest.raises(DataError, match=f"on other data: {named} changed"):
+    with pytest.raises(DataError) as error:
         saver.resume("checkpoint-2", on_data_change="refuse")
+    assert error.value.message == f"the checkpoint was trained {told}"
     assert (state.step, len(place.names())) == (0, 4)
     assert saver.resume("checkpoint-2", on_data_change="continue")
     assert state.step == 2
-    assert f"{named} changed since the checkpoint; going on" in place.notices()
+    _, _, what = told.partition(": ")
+    assert f"{what} since the checkpoint; going on with what is there now" in place.notices()
+
+
+def test_a_setting_that_may_change_is_told_and_gone_on_with(place: Place) -> None:
+    place.state.settings = {**SETTINGS, "learning_rate": "0.01"}
+    assert place.resume()
+    assert place.notices() == "changed since the checkpoint: learning_rate: was 0.001, now 0.01"
+
+
+def test_nothing_is_told_where_nothing_changed(place: Place) -> None:
+    assert place.resume()
+    assert place.notices() == ""
 
 
 def test_other_targets_are_refused_by_name(tiny_sdxl: Path, saved: Path) -> None:
     stepper = build_stepper(tiny_sdxl, adapter={"peft_lora_target_modules": ["to_k"]})
-    state = TrainState(DATA, MODEL, 7, torch.get_num_threads())
+    state = TrainState(DATA, MODEL, SETTINGS, torch.get_num_threads(), "cpu")
     saver = Checkpointer(RunFolder(saved), state, stepper.weights, 0, lambda _: {}, Bus())
     with pytest.raises(TrainingError, match=r"holds other weights .* 64 differ") as error:
         saver.resume("checkpoint-4", on_data_change="refuse")
     assert "set lora_rank and peft_lora_target_modules back" in str(error.value)
 
 
-def test_another_number_of_threads_is_told(place: Place) -> None:
+def test_another_machine_is_told_once_by_what_differs(place: Place) -> None:
     place.state.threads += 1
+    place.state.device = "cuda"
+    place.state.versions = {**place.state.versions, "torch": "9.9"}
     assert place.resume()
-    assert "results can differ in the last digits" in place.notices()
+    (notice,) = place.notices().splitlines()
+    for told in ("CPU threads: was ", "device: was cpu, now cuda; torch: was ", ", now 9.9: "):
+        assert told in notice
+    assert notice.endswith("results may differ in the last digits")
+    assert [e.level for e in place.told.events if isinstance(e, Notice)] == ["warning"]
 
 
 def test_a_kill_before_the_last_rename_loses_nothing(place: Place) -> None:
@@ -242,6 +272,61 @@ def test_a_kill_before_the_last_rename_loses_nothing(place: Place) -> None:
     (place.root / "checkpoint-1").rename(place.root / "checkpoint-1.removing")
     assert place.resume() == place.root / "checkpoint-4"
     assert place.names() == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+
+
+@pytest.mark.parametrize("killed", ["at the rename", "after the rename"])
+@pytest.mark.parametrize(("limit", "kept"), [(0, {1, 2, 3, 4}), (1, {4}), (3, {2, 3, 4})])
+def test_the_limit_holds_again_after_a_kill_at_the_rename(
+    place: Place, limit: int, kept: set[int], killed: str
+) -> None:
+    if killed == "at the rename":
+        (place.root / "checkpoint-4").rename(place.root / "checkpoint-4.partial")
+    saver = replace(place.saver, limit=limit)
+    assert saver.resume("latest", on_data_change="refuse") == place.root / "checkpoint-4"
+    assert place.names() == {f"checkpoint-{step}" for step in kept}
+
+
+def test_the_checkpoint_that_was_asked_for_outlives_a_recovered_one(place: Place) -> None:
+    (place.root / "checkpoint-4").rename(place.root / "checkpoint-4.partial")
+    saver = replace(place.saver, limit=1)
+    assert saver.resume("checkpoint-2", on_data_change="refuse") == place.root / "checkpoint-2"
+    assert place.names() == {"checkpoint-2", "previous-1"}
+    verify(place.root / "previous-1" / "checkpoint-4")
+
+
+def test_a_refused_start_removes_nothing(place: Place) -> None:
+    state = replace(place.state, data={**DATA, "seed": "8"})
+    with pytest.raises(DataError):
+        replace(place.saver, limit=1, state=state).resume("latest", on_data_change="refuse")
+    assert place.names() == {f"checkpoint-{step}" for step in (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-4"])
+def test_checkpoints_of_an_older_format_are_refused_with_a_sentence(
+    place: Place, wanted: str
+) -> None:
+    for step in (1, 2, 3, 4):
+        folder = place.root / f"checkpoint-{step}"
+        facts = read_json(folder / "state.json")
+        del facts["settings"], facts["device"]
+        write_json(folder / "state.json", facts)
+        write_json(folder / "manifest.json", {**manifest_of(folder), "format": 1})
+    words = "checkpoint-4 is of another version of simpletuner: its format is 1, this version reads"
+    with pytest.raises(TrainingError, match=words) as error:
+        place.resume(wanted)
+    assert error.value.fix
+    assert place.names() == {f"checkpoint-{step}" for step in (1, 2, 3, 4)}
+
+
+def manifest_of(folder: Path) -> dict[str, object]:
+    """A manifest that fits the files as they are now."""
+    described: dict[str, object] = read_json(folder / "manifest.json")
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in folder.iterdir()
+        if path.name != "manifest.json"
+    }
+    return {**described, "files": files}
 
 
 def test_verification_names_what_is_wrong(place: Place) -> None:
@@ -254,9 +339,9 @@ def test_verification_names_what_is_wrong(place: Place) -> None:
             verify(folder)
 
     for change, words in (
-        ({**described, "format": 2}, "of another version of simpletuner"),
-        ({"format": 1, "files": {}}, r"does not list optimizer\.safetensors"),
-        ({"format": 1}, "manifest.json cannot be read"),
+        ({**described, "format": 1}, "of another version of simpletuner"),
+        ({"format": 2, "files": {}}, r"does not list optimizer\.safetensors"),
+        ({"format": 2}, "manifest.json cannot be read"),
         ([], "manifest.json cannot be read"),
     ):
         write_json(manifest, change)
