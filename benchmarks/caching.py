@@ -29,7 +29,7 @@ from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
 from tests.tiny.build import build_sdxl
 
-EDGE, ROUNDS, WIDTH = 256, 5, 16
+EDGE, ROUNDS, WIDTH = 256, 5, 24
 
 
 def main() -> None:
