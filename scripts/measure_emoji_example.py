@@ -49,7 +49,7 @@ def measure(
     """
     pipe = StableDiffusionXLPipeline.from_pretrained(BASE, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    parts = {part: _pictures(pipe, EXAMPLE / part, most) for part in ("data", "held_out")}
+    parts = {part: _encoded(pipe, EXAMPLE / part, most) for part in ("data", "held_out")}
     base = {part: _loss(pipe, latents, text) for part, (latents, text) in parts.items()}
     untouched = _sample(pipe)
     pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="lora")
@@ -80,18 +80,25 @@ def main() -> None:
 Text = tuple[torch.Tensor, torch.Tensor]
 
 
-@torch.no_grad()
-def _pictures(
-    pipe: StableDiffusionXLPipeline, folder: Path, most: int | None
-) -> tuple[torch.Tensor, Text]:
-    """Scaled latents [N, 4, 32, 32] and text (states [N, 77, D], pooled [N, D']) of a folder."""
-    pixels, captions = [], []
+def pictures_of(folder: Path, most: int | None = None) -> dict[str, torch.Tensor]:
+    """The pictures of a folder by name, on white: [3, 128, 128] in [-1, 1]."""
+    found = {}
     for path in sorted(folder.glob("*.webp"))[:most]:
         picture = Image.open(path).convert("RGBA")
         flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        pixels.append(torch.from_numpy(np.array(flat.convert("RGB"))).permute(2, 0, 1))
-        captions.append(path.with_suffix(".txt").read_text(encoding="utf-8").strip())
-    means = pipe.vae.encode(torch.stack(pixels).float() / 127.5 - 1).latent_dist.mean
+        pixels = torch.from_numpy(np.array(flat.convert("RGB"))).permute(2, 0, 1)
+        found[path.stem] = pixels.float() / 127.5 - 1
+    return found
+
+
+@torch.no_grad()
+def _encoded(
+    pipe: StableDiffusionXLPipeline, folder: Path, most: int | None
+) -> tuple[torch.Tensor, Text]:
+    """Scaled latents [N, 4, 32, 32] and text (states [N, 77, D], pooled [N, D']) of a folder."""
+    pictures = pictures_of(folder, most)
+    captions = [(folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in pictures]
+    means = pipe.vae.encode(torch.stack(list(pictures.values()))).latent_dist.mean
     states, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
     return means * pipe.vae.config.scaling_factor, (states, pooled)
 

@@ -195,14 +195,6 @@ class BatchPlan:
         """The 0-based epoch that optimizer step `step` (0-based) lies in."""
         return step // self.windows_per_epoch
 
-    def samples_before(self, step: int) -> int:
-        """Samples of all ranks drawn before optimizer step `step`."""
-        epoch, window = divmod(step, self.windows_per_epoch)
-        if not window:
-            return epoch * self.samples_per_epoch
-        done = int(self._epoch(epoch).before[window * self.accumulation])
-        return epoch * self.samples_per_epoch + done
-
     def window(self, step: int, rank: int = 0) -> tuple[PlannedBatch, ...]:
         """The micro-batches of `rank` in optimizer step `step`; as many on every rank.
 

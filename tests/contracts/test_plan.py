@@ -181,15 +181,16 @@ def test_a_window_is_the_same_from_a_fresh_plan_and_in_any_order_of_asking(case:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_samples_before_counts_what_the_windows_before_draw(case: Case) -> None:
+def test_an_epoch_is_told_by_its_windows_and_draws_its_samples(case: Case) -> None:
     plan = case.plan()
-    drawn = 0
-    for step in range(2 * plan.windows_per_epoch + 1):
-        assert plan.samples_before(step) == drawn
-        assert plan.epoch(step) == step // plan.windows_per_epoch
+    drawn = [0, 0]
+    for step in range(2 * plan.windows_per_epoch):
+        epoch = step // plan.windows_per_epoch
+        assert plan.epoch(step) == epoch
         window = plan.window(step)
-        assert {batch.epoch for batch in window} == {plan.epoch(step)}
-        drawn += window[0].window_samples
+        assert {batch.epoch for batch in window} == {epoch}
+        drawn[epoch] += window[0].window_samples
+    assert drawn == [plan.samples_per_epoch] * 2
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
-from PIL import Image
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 
+from scripts.measure_emoji_example import pictures_of
 from simpletuner.core.errors import ConfigError
 from simpletuner.models.embedded import embedded_folder
 from simpletuner.models.loading import open_family
@@ -40,13 +39,12 @@ def pipeline() -> StableDiffusionXLPipeline:
 @cache
 def fluent() -> tuple[torch.Tensor, tuple[str, ...]]:
     """The example's pictures [N, 3, 128, 128] in [-1, 1] on white, and what each shows."""
-    pixels, names = [], []
-    for path in sorted(PICTURES.glob("*/*.webp")):
-        picture = Image.open(path).convert("RGBA")
-        flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        pixels.append(torch.from_numpy(np.array(flat.convert("RGB"))).permute(2, 0, 1))
-        names.append(path.stem.replace("-", " "))
-    return torch.stack(pixels).float() / 127.5 - 1, tuple(names)
+    found = {
+        name.replace("-", " "): pixels
+        for part in ("data", "held_out")
+        for name, pixels in pictures_of(PICTURES / part).items()
+    }
+    return torch.stack(list(found.values())), tuple(found)
 
 
 def psnr(made: torch.Tensor, wanted: torch.Tensor) -> float:
