@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from simpletuner.apps.cli import main
@@ -24,6 +25,11 @@ def make_pictures(folder: Path, count: int = 8) -> Path:
         pixels = np.stack([x, y, np.full_like(x, 30 * number % 256)], axis=-1).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"a_picture_number_{number}.png")
     return folder
+
+
+def fill_the_memory(*_: object, **__: object) -> None:
+    """Ask for more than any address space has: the CPU's own refusal."""
+    torch.empty(1 << 50, dtype=torch.uint8)
 
 
 class Run:

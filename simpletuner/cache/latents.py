@@ -16,6 +16,7 @@ from simpletuner.cache.fingerprint import latent_key
 from simpletuner.cache.pictures import Task, decode_now, decoding
 from simpletuner.cache.stage import (
     EncodingStage,
+    encoding,
     nothing_to_encode,
     release_memory,
     require_finite,
@@ -76,7 +77,7 @@ class LatentCache:
         Raises:
             DataError: Too many of a dataset's pictures cannot be decoded, or one was changed since
                 it was indexed.
-            CacheError: The cache cannot be written.
+            CacheError: The cache cannot be written, or the memory is full.
         """
         kept = [source for source in sources if _before_training(source)]
         tasks = self._missing(kept)
@@ -152,7 +153,7 @@ class LatentCache:
         """[B, C, h, w] fp32 of draws of one size, on the CPU.
 
         Raises:
-            CacheError: An entry is missing or damaged.
+            CacheError: An entry is missing or damaged, or the memory is full.
             DataError: A picture that had to be encoded now cannot be decoded.
         """
         if source.settings.vae_cache_disable:
@@ -220,9 +221,18 @@ class LatentCache:
         """[B, C, h, w] fp32 on the device, of B uint8 pictures [3, H, W]."""
         if self._vae is None:
             self._vae = self.open_vae()
-        batch = torch.stack(list(pixels)).to(self._place.device)
-        with torch.no_grad():
+        count, (_, height, width) = len(pixels), pixels[0].shape
+        what = f"{count} {'pictures' if count > 1 else 'picture'} of {width}x{height}"
+        with encoding(what, self._less_memory(count)), torch.no_grad():
+            batch = torch.stack(list(pixels)).to(self._place.device)
             return self._family.encode_pixels(self._vae, batch.float() / 127.5 - 1, noise).float()
+
+    def _less_memory(self, count: int) -> str:
+        """What is left to do where `count` pictures at once are too much."""
+        if count > 1:
+            return "lower vae_batch_size (a dataset may have its own) and start again"
+        tile = "" if self._settings.vae_enable_tiling else "set vae_enable_tiling true or "
+        return f"{tile}lower the resolution and start again with --on_data_change continue"
 
     def open_vae(self) -> Any:
         """The family's VAE as the settings want it; whoever opens it lets it go."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 from weakref import ref
@@ -16,7 +17,7 @@ from weakref import ref
 import torch
 
 from simpletuner.cache.store import TensorStore
-from simpletuner.core.errors import ModelError
+from simpletuner.core.errors import CacheError, ModelError, is_out_of_memory
 from simpletuner.core.events import Bus, Stage, StageProgress
 
 Group = Sequence[tuple[TensorStore, bytes, Mapping[str, torch.Tensor]]]
@@ -109,6 +110,25 @@ def require_finite(tensor: torch.Tensor, name: str, fix: str) -> None:
     """
     if not torch.isfinite(tensor).all():
         raise ModelError(f"{name}: the encoder gave values that are not finite", fix=fix)
+
+
+@contextmanager
+def encoding(what: str, fix: str) -> Iterator[None]:
+    """Turn a memory that gets full into an error that says what is left to do.
+
+    Args:
+        what: What is encoded at once: ``"4 pictures of 1024x768"``.
+        fix: What to do to need less of it.
+
+    Raises:
+        CacheError: The memory is full.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CacheError(f"the memory is full while encoding {what}", fix=fix) from error
 
 
 def nothing_to_encode(name: str, found: int, bus: Bus) -> None:

@@ -12,7 +12,7 @@ from weakref import ref
 import torch
 
 from simpletuner.cache.fingerprint import text_key
-from simpletuner.cache.stage import EncodingStage, nothing_to_encode, release_memory
+from simpletuner.cache.stage import EncodingStage, encoding, nothing_to_encode, release_memory
 from simpletuner.cache.store import naming
 from simpletuner.core.errors import CacheError
 
@@ -50,7 +50,7 @@ class TextCache:
         """Encode those of `captions` that are missing; without any, no encoder is opened.
 
         Raises:
-            CacheError: The cache cannot be written.
+            CacheError: The cache cannot be written, or the memory is full.
             ModelError: The encoders cannot be opened.
         """
         by_key = self._by_key(sorted(set(captions)))
@@ -97,12 +97,24 @@ class TextCache:
         with EncodingStage(STAGE, len(keys), bus, _FIX) as stage:
             for start in range(0, len(keys), self._batch_size):
                 group = keys[start : start + self._batch_size]
-                embeds = self._family.encode_text(pipe, [captions[key] for key in group])
+                texts = [captions[key] for key in group]
+                what = f"{len(texts)} {'captions' if len(texts) > 1 else 'caption'}"
+                with encoding(what, self._less_memory(len(texts))):
+                    embeds = self._family.encode_text(pipe, texts)
                 stage.put(
                     [(self._store, key, each) for key, each in zip(group, embeds, strict=True)]
                 )
         held = pipe.components.values()
         return [ref(each) for each in held if isinstance(each, torch.nn.Module)]
+
+    def _less_memory(self, count: int) -> str:
+        """What is left to do where `count` captions at once are too much."""
+        if count > 1:
+            name = "text_encoder_batch_size"
+            return f"lower {name} (a text_embeds entry may have its own) and start again"
+        if self._place.dtype == torch.float32:
+            return "set mixed_precision bf16 and start again"
+        return "end what else uses this memory, or take a device that has more, and start again"
 
     def _by_key(self, captions: Sequence[str]) -> dict[bytes, str]:
         return {self._key(caption): caption for caption in captions}

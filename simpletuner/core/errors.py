@@ -18,6 +18,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+RESUME = "resume_from_checkpoint=latest, the default, resumes from the last checkpoint"
+"""How every advice ends after which a run can go on; true whatever the setting is now."""
+
+_FULL = ("can't allocate memory", "out of memory")
+"""What torch says of the CPU's memory, and of a device's where the error has no type of its own."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -110,6 +116,15 @@ class Interrupted(SimpleTunerError):
     def __init__(self, signal_number: int, message: str, *, fix: str | None = None) -> None:
         super().__init__(message, fix=fix)
         self.exit_code = 128 + signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if `error` says that the memory of a device or of the CPU is full."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
 
 
 def render_problems(problems: Sequence[Problem]) -> str:

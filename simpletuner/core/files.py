@@ -14,7 +14,7 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
-from simpletuner.core.errors import ConfigError, SimpleTunerError, TrainingError
+from simpletuner.core.errors import RESUME, ConfigError, SimpleTunerError, TrainingError
 
 TEMPORARY, PARTIAL, REMOVING = ".tmp", ".partial", ".removing"
 """Endings of what is being written, filled and removed; a kill leaves them, nothing reads them."""
@@ -216,7 +216,7 @@ class RunFolder:
         """Turn the disk's refusal to take `what` into a TrainingError that says how to go on."""
         fix = (
             "make room, or set output_dir to another disk and copy the folder there; then start"
-            " again with the same command: the run goes on from its last checkpoint"
+            f" again; {RESUME} if there is one"
         )
         with writing(TrainingError, what, self.root, fix):
             yield

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.core.errors import ModelError
+from simpletuner.core.errors import ModelError, is_out_of_memory
 from simpletuner.core.files import content_digest, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Checkpoint:
         return cls.from_pretrained(folder, variant=variant, use_safetensors=True, **options)
 
     def _read(self, what: str, call: Callable[[], Any]) -> Any:
-        """What `call` opens, every weight filled; what goes wrong becomes a ModelError."""
+        """What `call` opens, every weight filled; what is wrong with it becomes a ModelError."""
         from diffusers.loaders.single_file_utils import SingleFileComponentError
         from safetensors import SafetensorError
         from torch import nn
@@ -122,6 +122,8 @@ class Checkpoint:
         except SingleFileComponentError as error:  # its further lines advise a programmer
             raise self._unreadable(what, str(error).partition("\n")[0]) from error
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):  # nothing is wrong with the checkpoint
+                raise
             raise self._unreadable(what, str(error)) from error
         modules = [opened] if isinstance(opened, nn.Module) else opened.components.values()
         for module in (m for m in modules if isinstance(m, nn.Module)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner.core.errors import TrainingError
+from simpletuner.core.errors import RESUME, TrainingError
 from simpletuner.training.stepper import gradients
 
 if TYPE_CHECKING:
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from simpletuner.training.stepper import Stepper
 
 _STEPS = 3
-
-RESUME = "resume_from_checkpoint=latest, the default, resumes from the last checkpoint"
-"""How every advice ends after which a run can go on; true whatever the setting is now."""
 
 
 class LearningGuard:

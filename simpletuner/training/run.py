@@ -6,11 +6,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from simpletuner.adapters.method import method_of
 from simpletuner.adapters.weights import Weights
-from simpletuner.core.errors import TrainingError
+from simpletuner.core.errors import RESUME, TrainingError, is_out_of_memory
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Place
 from simpletuner.data.plan import BatchPlan
@@ -22,7 +20,6 @@ from simpletuner.precision.fit import fit
 from simpletuner.runtime.runtime import Runtime
 from simpletuner.training.checkpoint import Checkpointer
 from simpletuner.training.control import Control
-from simpletuner.training.guards import RESUME
 from simpletuner.training.identity import starting_state
 from simpletuner.training.precompute import precompute
 from simpletuner.training.prefetch import Prefetcher
@@ -52,7 +49,9 @@ def train(config: Config, datasets: Datasets, folder: RunFolder, bus: Bus) -> Pa
     with Control() as control:
         try:
             return _train(config, datasets, folder, bus, control)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise TrainingError(
                 f"the memory is full: {str(error).splitlines()[0] if str(error) else 'of the CPU'}",
                 fix=f"{_less_memory(config)}; {RESUME}",

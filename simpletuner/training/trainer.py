@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from simpletuner.core.errors import CacheError, DataError, Interrupted, TrainingError
+from simpletuner.core.errors import RESUME, CacheError, DataError, Interrupted, TrainingError
 from simpletuner.core.events import Bus, StepDone
-from simpletuner.training.guards import RESUME, LearningGuard, explain_not_finite
+from simpletuner.training.guards import LearningGuard, explain_not_finite
 
 if TYPE_CHECKING:
     from simpletuner.data.plan import BatchPlan
@@ -88,6 +88,8 @@ class Trainer:
         self._first = self._saved = state.step
         guard = LearningGuard(self._stepper.weights)
         told: _Taken | None = None
+        if self._timetable.ends(state.step):  # finished: what a kill after the last step left out
+            self._do(self._timetable.due(state.step), state)
         while state.step < self._timetable.total_steps:
             # 1. the window, read ahead by the prefetcher
             began = time.perf_counter()
@@ -150,7 +152,7 @@ class Trainer:
         )
 
     def _do(self, due: tuple[str, ...], state: TrainState) -> None:
-        """What is due, in its order; once an order to leave has come, the checkpoint alone.
+        """What is due, in its order; the duties themselves heed an order to leave.
 
         Raises:
             Interrupted: Such an order has come, and steps are left to do.
@@ -158,8 +160,6 @@ class Trainer:
         for duty in due:
             if duty == "checkpoint":
                 self._save(state)
-            elif self._control.leaving():
-                self._bus.notice(f"{duty} after step {state.step} is left out: {self._signal} came")
             else:
                 self._duties[duty](state)
         if self._control.leaving():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 _EDGE, _GAP, _TEXT, _SIZE = 256, 8, 200, 15  # px: picture, margin, column of prompts, letters
-_LETTERS_A_LINE = 24
+_LETTERS_A_LINE, _LINES = 24, 13  # 13 lines of 19 px are the most that stand beside a picture
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ def comparison_sheet(columns: Sequence[str], rows: Sequence[Row]) -> Image.Image
         draw.text((_TEXT + _GAP + number * step, _GAP), name, "black", font)
     for line, row in enumerate(rows):
         y = top + line * step
-        prompt = textwrap.fill(row.prompt or "(empty prompt)", _LETTERS_A_LINE)
+        prompt = textwrap.fill(
+            row.prompt or "(empty prompt)", _LETTERS_A_LINE, max_lines=_LINES, placeholder=" …"
+        )
         draw.multiline_text((_GAP, y), prompt, "black", font)
         for number, picture in enumerate(row.pictures):
             if picture is not None:

@@ -79,8 +79,8 @@ def read_library(path: Path) -> list[Prompt]:
     An object may name a picture beside the library as its `reference`.
 
     Raises:
-        ConfigError: Not there, not JSON, an entry without a text, or a reference that is not
-            there; names it.
+        ConfigError: Not there, not JSON, an entry without a text, or a reference that is no
+            picture; names it.
     """
     try:
         library: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -103,10 +103,15 @@ def _prompt(path: Path, name: str, entry: object) -> Prompt:
         raise ConfigError(f'user_prompt_library: {path}: {name!r} needs a text or {{"prompt": …}}')
     if facts.get("reference") is None:
         return Prompt(name, text)
+    from PIL import Image  # late: most libraries name no picture
+
     reference = path.parent / str(facts["reference"])
-    if not reference.is_file():
+    try:
+        with Image.open(reference) as image:
+            image.load()  # verify() takes a JPEG that breaks off
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(
-            f"user_prompt_library: {path}: the reference of {name!r} is not there: {reference}",
+            f"user_prompt_library: {path}: the reference of {name!r} cannot be shown: {error}",
             fix="name a picture by its path from the library's folder, or remove reference",
-        )
+        ) from error
     return Prompt(name, text, reference)

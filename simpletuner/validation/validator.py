@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from simpletuner.models.family import Family
     from simpletuner.validation.prompts import Prompt, Prompts
     from simpletuner.validation.settings import ValidationSettings
+
+    Wanted = tuple[Prompt, int, Shot]
 
 log = logging.getLogger(__name__)
 
@@ -51,53 +54,69 @@ class Validator:
         """Write ``step_N_NAME_I_WxH.png`` and ``.json`` for each picture; never stops training.
 
         After the `last` step, unless the benchmark is disabled, the same pictures of the untouched
-        base model go to ``benchmarks/base_model/``, and ``before_after.png`` shows both.
+        base model go to ``benchmarks/base_model/``, and ``before_after.png`` shows both. Where all
+        of that is there already, nothing is made.
+
+        Returns:
+            What was made, also where the rest failed or an order to leave came.
         """
         began = time.perf_counter()
+        made: list[Path] = []
         try:
-            made = self._sample(step, last=last)
+            self._sample(step, last, made)
         except Exception as error:  # door 4 of 4: pictures are for looking, the run goes on
             log.exception("validation after step %d failed", step)
             self.bus.notice(f"validation after step {step} failed: {error}", "warning")
-            return []
         if made:
             self.bus.emit(ImagesMade(step=step, images=made, seconds=time.perf_counter() - began))
         return made
 
-    def _sample(self, step: int, *, last: bool) -> list[Path]:
-        if not self.prompts.entries:
-            return []
-        trainable, wanted = self.weights.trainable, list(self._wanted())
+    def _sample(self, step: int, last: bool, made: list[Path]) -> None:
+        wanted = list(self._wanted())
         both = last and not self.settings.disable_benchmark
-        base: list[Path] = []
+        if not self._shows(self._sheet, step):  # it is of an earlier run, or of fewer steps
+            self._sheet.unlink(missing_ok=True)
+        if not wanted:
+            return
+        end = self._sheet if both else self._path(wanted[-1], step).with_suffix(".json")
+        if last and self._shows(end, step):  # a finished run was started again
+            return
+        if not self.leaving():
+            self._render_all(wanted, (step, None) if both else (step,), made)
+        total = len(wanted) * (1 + both)
+        if len(made) < total:
+            missing = f"; {self._sheet.name} is missing, the next start makes it" if both else ""
+            self.bus.notice(
+                f"validation after step {step} ended with {len(made)} of {total} pictures: the run"
+                f" was asked to leave{missing}"
+            )
+        elif both:
+            made.append(self._compare(made[len(wanted) :], made[: len(wanted)], step))
+
+    def _shows(self, path: Path, step: int) -> bool:
+        """True if `path` is of the weights after `step`: it is younger than their checkpoint."""
+        saved = self.folder.checkpoint(step)
+        if not path.exists() or not saved.exists():
+            return False
+        return path.stat().st_mtime_ns > saved.stat().st_mtime_ns
+
+    def _render_all(
+        self, wanted: Sequence[Wanted], steps: Sequence[int | None], made: list[Path]
+    ) -> None:
+        """The pictures of each step, or with None of the base; those up to an order to leave."""
+        trainable = self.weights.trainable
         with (
             self.weights.at("eval"),
             open_sampler(
                 self.family, trainable.denoiser, self.caches.open_vae, self.place
             ) as sampler,
         ):
-            made = self._round(sampler, wanted, step)
-            if both:
-                with trainable.disabled():
-                    base = self._round(sampler, wanted, None)
-        total, done = len(wanted) * (1 + both), len(made) + len(base)
-        if done < total:
-            self.bus.notice(
-                f"validation after step {step} ended with {done} of {total} pictures: the run was"
-                " asked to leave"
-            )
-        elif both:
-            return [*made, *base, self._compare(base, made, step)]
-        return [*made, *base]
+            for step in steps:
+                with trainable.disabled() if step is None else nullcontext():
+                    for each in takewhile(lambda _: not self.leaving(), wanted):
+                        self._render(sampler, each, step, made)
 
-    def _round(
-        self, sampler: Sampler, wanted: Sequence[tuple[Prompt, int, Shot]], step: int | None
-    ) -> list[Path]:
-        """The pictures of a step, or with None of the base; those up to an order to leave."""
-        begun = takewhile(lambda _: not self.leaving(), wanted)
-        return [self._render(sampler, each, step) for each in begun]
-
-    def _wanted(self) -> Iterator[tuple[Prompt, int, Shot]]:
+    def _wanted(self) -> Iterator[Wanted]:
         """Every picture of a round: its prompt, its number, and what is asked of the pipeline."""
         chosen = self.settings.validation_seed
         seed = self.caches.seeds.seed if chosen is None else chosen
@@ -116,20 +135,27 @@ class Validator:
                         ),
                     )
 
-    def _render(self, sampler: Sampler, wanted: tuple[Prompt, int, Shot], step: int | None) -> Path:
-        """Write one picture and its recipe; `step` None is the untouched base model."""
+    @property
+    def _sheet(self) -> Path:
+        return self.folder.root / "before_after.png"
+
+    def _path(self, wanted: Wanted, step: int | None) -> Path:
         prompt, number, shot = wanted
+        name = f"{safe_name(prompt.name)}_{number}_{shot.width}x{shot.height}.png"
+        if step is None:
+            return self.folder.benchmarks / name
+        return self.folder.images / f"step_{step}_{name}"
+
+    def _render(self, sampler: Sampler, wanted: Wanted, step: int | None, made: list[Path]) -> None:
+        """Write one picture and its recipe; `step` None is the untouched base model."""
+        prompt, _, shot = wanted
         image = sampler.picture(
             shot, self.caches.embeds([prompt.text]), self.caches.embeds([self.prompts.negative])
         )
-        name = f"{safe_name(prompt.name)}_{number}_{shot.width}x{shot.height}.png"
-        if step is None:
-            path = self.folder.benchmarks / name
-        else:
-            path = self.folder.images / f"step_{step}_{name}"
+        path = self._path(wanted, step)
         write_through(path, lambda temporary: image.save(temporary, format="PNG"))
+        made.append(path)
         write_json(path.with_suffix(".json"), self._recipe(sampler, step, prompt, shot))
-        return path
 
     def _compare(self, base: Sequence[Path], made: Sequence[Path], step: int) -> Path:
         """Write ``before_after.png``: the first picture of each prompt, and its reference."""
@@ -145,9 +171,8 @@ class Validator:
             pictures = tuple(None if path is None else Image.open(path) for path in shown)
             rows.append(Row(prompt.text, pictures))
         sheet = comparison_sheet(columns, rows)
-        path = self.folder.root / "before_after.png"
-        write_through(path, lambda temporary: sheet.save(temporary, format="PNG"))
-        return path
+        write_through(self._sheet, lambda temporary: sheet.save(temporary, format="PNG"))
+        return self._sheet
 
     def _recipe(
         self, sampler: Sampler, step: int | None, prompt: Prompt, shot: Shot

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pyarrow.parquet as pq
+from PIL import Image
 from safetensors import safe_open
 
 from tests.faults import server
@@ -141,6 +142,9 @@ def assert_whole(root: Path) -> None:
             assert len(pq.read_table(path)), path
         elif path.suffix == ".json":
             json.loads(path.read_text())
+        elif path.suffix == ".png":
+            with Image.open(path) as picture:
+                picture.load()
         elif path.name.startswith("checkpoint-"):
             assert is_whole(path), path
 
@@ -191,6 +195,6 @@ def encoded_at_start(events: Sequence[Mapping[str, Any]], stage: str) -> int | N
 
 def leavings(root: Path) -> list[str]:
     """What was begun and not ended in an output folder, its caches aside."""
-    found = [*root.glob("*"), *(root / "validation_images").glob("*")]
-    found += [file for folder in root.glob("checkpoint-*") for file in folder.glob("*")]
+    folders = [root, root / "validation_images", root / "benchmarks/base_model"]
+    found = [file for f in (*folders, *root.glob("checkpoint-*")) for file in f.glob("*")]
     return [str(path) for path in found if path.suffix in (".tmp", ".partial", ".removing")]

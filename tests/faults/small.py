@@ -64,7 +64,8 @@ CHAIN: tuple[Strike, ...] = (
     *_each(f"{_SAVED}/state.json"),
     *_each(f"{_SAVED}/manifest.json"),
     *(("rename", "checkpoint-2", 1), ("fsync", ".", 1)),
-    # pictures
+    # pictures, after the sheet of an earlier run
+    ("unlink", "before_after.png", 1),
     *(("mkdir", _IMAGES, 1), *_each(f"{_IMAGES}/step_3_validation_0_64x96.png")),
     *(("fsync", _IMAGES, 1), *_each(f"{_IMAGES}/step_3_validation_0_64x96.json")),
     # the next checkpoint, named by the next start, and the removal of the one before

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from simpletuner.core.errors import RESUME
 from simpletuner.training.checkpoint import DamagedCheckpoint, verify
 from tests.faults.forks import (
     assert_whole,
@@ -134,6 +135,7 @@ def test_a_signal_while_caching_keeps_what_was_encoded_by_then(small: Small) -> 
     code, output = stopped(small, run, signal.SIGTERM, what="create", only="cache/text")
     assert code == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in output
+    assert "start it again with the same command: it does what is missing" in output
     text = len(sealed_keys(run.out / "cache" / "text"))
     assert 1 <= text < CAPTIONS  # what was handed over by then
     lines = len(run.events())
@@ -172,6 +174,22 @@ def test_a_signal_in_the_loop_saves_and_a_second_one_ends_at_once(small: Small) 
     assert small.forks.train(run).code == 0
     assert run.weights == small.straight.weights
     assert leavings(run.out) == []
+
+
+def test_a_run_that_starts_over_comes_to_its_result_as_a_signal_there_advises(
+    small: Small,
+) -> None:
+    run, result = small.fresh(), "staging/pytorch_lora_weights.safetensors"
+    plan = {"act": "signals", "signals": [signal.SIGINT], "what": "half", "path": result, "at": 1}
+    ended = small.forks.train(run, plan, resume_from_checkpoint="none")
+    assert ended.code == 128 + signal.SIGINT, ended.output
+    assert f"\n  start it again; {RESUME}\n" in ended.output
+    steps = len(run.events("step"))
+    ended = small.forks.train(run, resume_from_checkpoint="latest")
+    assert ended.code == 0, ended.output
+    assert len(run.events("step")) == steps
+    assert not list(run.out.glob("previous-*"))
+    assert run.weights == small.straight.weights
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from simpletuner.core.errors import RESUME
 from tests.faults.forks import Ended, assert_whole, leavings, newest_step, sealed_keys
 from tests.faults.points import GROWING, plain
 from tests.faults.small import CHAIN, Small, SmallRun
@@ -130,6 +131,27 @@ def test_a_checkpoint_that_the_system_refuses_leaves_the_one_before(small: Small
     assert "Traceback" not in ended.output
     assert small.forks.train(run, max_train_steps=6).code == 0
     assert newest_step(run.out) == 6
+
+
+@pytest.mark.parametrize(
+    ("only", "steps"),
+    [("resolved_config.json", 0), ("checkpoint-4.partial", 2)],
+    ids=["before the first step", "after a checkpoint"],
+)
+def test_a_run_that_starts_over_goes_on_as_a_full_disk_advises(
+    small: Small, only: str, steps: int
+) -> None:
+    run = small.fresh()
+    full = {"act": "full", "what": "mkdir", "only": only, "at": 1}
+    ended = small.forks.train(run, full, resume_from_checkpoint="none")
+    assert ended.code == 7, ended.output
+    assert f"; then start again; {RESUME} if there is one" in ended.output
+    lines = len(run.events("step"))
+    ended = small.forks.train(run, resume_from_checkpoint="latest")
+    assert ended.code == 0, ended.output
+    assert run.events("step")[lines]["step"] == steps + 1
+    assert not list(run.out.glob("previous-*"))
+    assert run.weights == small.straight.weights
 
 
 @pytest.mark.slow

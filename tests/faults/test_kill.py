@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +105,41 @@ def test_a_kill_in_the_rotation_leaves_the_new_checkpoint_and_the_old_one_goes(
         ended = small.forks.train(run, max_train_steps=6)
         assert ended.code == 0, ended.output
         assert checkpoints(run.out) == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("what", "path"),
+    [
+        ("half", "benchmarks/base_model/validation_0_64x96.png"),
+        ("fsync", "benchmarks/base_model"),  # the picture has its name, its recipe is not begun
+        ("half", "before_after.png"),
+        ("fsync", "before_after.png"),
+    ],
+)
+def test_a_kill_among_the_last_pictures_leaves_them_to_the_next_start(
+    small: Small, what: str, path: str
+) -> None:
+    run, sheet = small.fresh(), "before_after.png"
+    plan = {"act": "kill", "what": what, "path": path, "at": 1}
+    ended = small.forks.train(run, plan, disable_benchmark=False)
+    assert ended.code == KILLED, ended.output
+    assert_whole(run.out)
+    assert [Path(left).parent for left in leavings(run.out)] == [(run.out / path).parent] * (
+        path.endswith(".png")
+    )
+    assert not (run.out / sheet).exists()
+    ended = small.forks.train(run, disable_benchmark=False)
+    assert_as_unbroken(small, run, ended)
+    assert_whole(run.out)
+    made = [
+        Path(file).relative_to(run.out) for file in run.events("validation.images")[-1]["images"]
+    ]
+    assert [str(file) for file in made] == [
+        "validation_images/step_4_validation_0_64x96.png",
+        "benchmarks/base_model/validation_0_64x96.png",
+        sheet,
+    ]
+    assert all((run.out / file).is_file() for file in made)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.faults.forks import Ended, assert_whole, leavings, newest_step
 from tests.faults.small import Small, SmallRun
@@ -67,7 +68,7 @@ def test_a_signal_before_a_validation_saves_and_renders_nothing(small: Small) ->
     assert "stopped by SIGTERM after step 1 of 4; it is saved" in ended.output
     assert after(ended.points, *first) == ["checkpoint-1"]
     assert pictures(run) == []
-    assert "validate after step 1 is left out: SIGTERM came" in notices(run)
+    assert "validation after step 1 ended with 0 of 1 pictures: the run was asked" in notices(run)
     assert_ends_as_the_unbroken_one(small, run, **settings)
 
 
@@ -106,15 +107,23 @@ def test_a_signal_during_a_validation_ends_it_after_the_current_picture_and_save
     assert_ends_as_the_unbroken_one(small, run, **THREE)
 
 
-def test_a_signal_in_the_last_checkpoint_leaves_out_the_pictures_and_writes_the_result(
+def test_a_signal_in_the_last_checkpoint_leaves_the_pictures_to_the_next_start(
     small: Small,
 ) -> None:
     run, saving = small.fresh(), ("write", "checkpoint-4.partial/.trainable")
-    ended = told_to_leave(small, run, *saving)
-    assert ended.code == 0, ended.output  # nothing is left to do
+    settings = {"disable_benchmark": False, "validation_step_interval": 0}
+    sheet = run.out / "before_after.png"
+    run.out.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(sheet)  # of an earlier run
+    ended = told_to_leave(small, run, *saving, **settings)
+    assert ended.code == 0, ended.output  # no step is left to do
     assert after(ended.points, *saving) == ["checkpoint-4"]
-    assert "validate after step 4 is left out: SIGTERM came" in notices(run)
+    assert "validation after step 4 ended with 0 of 2 pictures" in notices(run)
+    assert "before_after.png is missing, the next start makes it" in notices(run)
+    assert not sheet.exists()
     assert run.weights == small.straight.weights
+    assert_ends_as_the_unbroken_one(small, run, **settings)
+    assert sheet.exists()
 
 
 def test_a_signal_in_the_last_validation_comes_after_the_checkpoint_and_ends_it(
@@ -129,6 +138,7 @@ def test_a_signal_in_the_last_validation_comes_after_the_checkpoint_and_ends_it(
         "validation_0_64x96.png",
     ]
     assert "validation after step 4 ended with 4 of 6 pictures" in notices(run)
+    assert "before_after.png is missing" in notices(run)
     assert not (run.out / "before_after.png").exists()
     assert run.weights == small.straight.weights
 

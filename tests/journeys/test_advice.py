@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from simpletuner.cache.caches import Caches
 from simpletuner.core.errors import CacheError
 from simpletuner.core.types import Batch, PlannedBatch
+from simpletuner.models.family import Family
 from simpletuner.training.prefetch import Prefetcher
 from simpletuner.training.stepper import Outcome, Stepper
 from tests.faults.forks import newest_step
-from tests.runs import Run
+from tests.runs import Run, fill_the_memory
 
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -51,7 +52,7 @@ def fail_in_step_three(monkeypatch: Patch) -> None:
 
     def full(self: Stepper, number: int, window: Any) -> Outcome:
         if number == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            fill_the_memory()
         return step(self, number, window)
 
     monkeypatch.setattr(Stepper, "step", full)
@@ -98,10 +99,12 @@ def test_less_memory_is_taken_as_advised_and_the_run_goes_on(
     with monkeypatch.context() as patch:
         fail_in_step_three(patch)
         assert run.train() == 7
+    message = capsys.readouterr().err
+    assert "DefaultCPUAllocator: can't allocate memory" in message
     assert (
         "set gradient_checkpointing true and mixed_precision bf16; if that is not enough, lower"
         f" train_batch_size or resolution and start again with {CHANGED}; {GOES_ON}"
-    ) in capsys.readouterr().err
+    ) in message
     run.dataset["resolution"] = resolution
     if changes_the_plan:
         assert run.train(**settings) == 3  # what the advice is for
@@ -134,6 +137,59 @@ def test_a_run_that_starts_over_is_told_how_it_goes_on(
     assert "next start" not in message
     assert run.train(resume_from_checkpoint="latest", gradient_checkpointing=True) == 0
     assert run.resumed() == "checkpoint-2, 2 steps done"
+
+
+@pytest.mark.parametrize(
+    ("together", "full", "said", "less", "changes_the_plan"),
+    [
+        (
+            2,
+            lambda vae, pixels: len(pixels) > 1,
+            r"2 pictures of \d+x\d+; step 2 of 4 is saved\n  lower vae_batch_size \(a dataset may"
+            rf" have its own\) and start again; {GOES_ON}",
+            {"vae_batch_size": 1},
+            False,
+        ),
+        (
+            1,
+            lambda vae, pixels: not vae.use_tiling,
+            r"1 picture of \d+x\d+; step 2 of 4 is saved\n  set vae_enable_tiling true or lower the"
+            rf" resolution and start again with {CHANGED}; {GOES_ON}",
+            {"vae_enable_tiling": True},
+            True,
+        ),
+    ],
+    ids=["batch", "picture"],
+)
+def test_pictures_that_fill_the_memory_in_the_loop_cost_no_step(
+    tiny_sdxl: Path,
+    tmp_path: Path,
+    capsys: Captured,
+    monkeypatch: Patch,
+    together: int,
+    full: Callable[[Any, Any], bool],
+    said: str,
+    less: dict[str, Any],
+    changes_the_plan: bool,
+) -> None:
+    run, encode, count = Advised(tmp_path, tiny_sdxl), Family.encode_pixels, itertools.count()
+    run.settings |= {"vae_cache_disable": True, "checkpoint_step_interval": 0}
+    two_steps = 2 * run.settings["train_batch_size"] // together
+
+    def full_after_two_steps(self: Family, vae: Any, pixels: Any, noise: Any) -> Any:
+        if next(count) >= two_steps and full(vae, pixels):
+            fill_the_memory()
+        return encode(self, vae, pixels, noise)
+
+    monkeypatch.setattr(Family, "encode_pixels", full_after_two_steps)
+    assert run.train(vae_batch_size=together) == 4
+    assert re.search(f"the memory is full while encoding {said}\n", capsys.readouterr().err)
+    if changes_the_plan:
+        assert run.train(**less) == 3  # what the advice is for
+        less = {**less, "on_data_change": "continue"}
+    assert run.train(**less) == 0
+    assert run.resumed() == "checkpoint-2, 2 steps done"
+    assert run.steps() == [1, 2, 3, 4]
 
 
 # --- pictures ----------------------------------------------------------------------------------

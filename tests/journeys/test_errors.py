@@ -113,6 +113,39 @@ def test_a_checkpoint_that_does_not_exist_exits_7(
     assert "checkpoint-99" in capsys.readouterr().err
 
 
+_LEAVE_IN_AN_IMPORT = """
+import os, sys
+from simpletuner.apps.cli import main
+
+class Leave:
+    def find_spec(self, name, *_):
+        if name == "diffusers.models.autoencoders.autoencoder_kl":
+            os.kill(os.getpid(), int(sys.argv[1]))
+
+sys.meta_path.insert(0, Leave())
+sys.exit(main(["train", "--config", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_library_is_imported_late_leaves_as_one_at_any_other_time(
+    tmp_path: Path, tiny_sdxl: Path, number: signal.Signals
+) -> None:
+    """In a process of its own, for nothing may have been imported; diffusers renames exceptions."""
+    run = Run(tmp_path, tiny_sdxl)
+    ended = subprocess.run(
+        [sys.executable, "-c", _LEAVE_IN_AN_IMPORT, str(int(number)), str(run.write())],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert ended.returncode == 128 + number, ended.stderr
+    assert f"stopped by {number.name} outside the steps" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert run.events()[-1]["exit_code"] == 128 + number
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_next_start_goes_on(

@@ -13,6 +13,7 @@ from simpletuner.cache.latents import open_stores
 from simpletuner.core.errors import CacheError, DataError, ModelError
 from simpletuner.core.events import Bus, Notice, Stage
 from simpletuner.core.seeds import Seeds, key64
+from tests.runs import fill_the_memory
 from tests.unit.cache.setting import (
     Heard,
     Watched,
@@ -298,6 +299,48 @@ def test_values_that_are_not_finite_are_never_kept(family: Watched, tmp_path: Pa
     with pytest.raises(ModelError, match=r"(?s)latents: .*not finite.*set vae_dtype to bf16"):
         cache.prepare([source], Bus())
     assert len(open_stores([source])["set"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("together", "settings", "said"),
+    [
+        (
+            4,
+            {},
+            "4 pictures of 64x64\n  lower vae_batch_size (a dataset may have its own) and start"
+            " again",
+        ),
+        (
+            1,
+            {},
+            "1 picture of 80x64\n  set vae_enable_tiling true or lower the resolution and start"
+            " again with --on_data_change continue",
+        ),
+        (
+            1,
+            {"vae_enable_tiling": True},
+            "1 picture of 80x64\n  lower the resolution and start again with --on_data_change"
+            " continue",
+        ),
+    ],
+    ids=["batch", "picture", "tiles"],
+)
+def test_a_memory_that_is_full_while_encoding_says_what_takes_less_and_keeps_the_rest(
+    family: Watched, tmp_path: Path, together: int, settings: dict[str, bool], said: str
+) -> None:
+    class Full(Watched):
+        def encode_pixels(self, vae, batch, generators):  # type: ignore[no-untyped-def]
+            if len(self.batches) == 1:
+                fill_the_memory()
+            return super().encode_pixels(vae, batch, generators)
+
+    ten(tmp_path)
+    source = dataset(tmp_path, vae_batch_size=together)
+    cache = latent_cache(Full(family.checkpoint, family.options), source, **settings)
+    with pytest.raises(CacheError) as caught:
+        cache.prepare([source], Bus())
+    assert str(caught.value) == f"the memory is full while encoding {said}"
+    assert len(open_stores([source])["set"]) == together
 
 
 def test_the_dataset_folder_may_be_read_only(family: Watched, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from simpletuner.cache.text import TextCache
 from simpletuner.core.errors import CacheError
 from simpletuner.core.events import Bus, Stage
 from simpletuner.core.types import Place
-from tests.unit.cache.setting import PLACE, Heard, watched
+from tests.runs import fill_the_memory
+from tests.unit.cache.setting import PLACE, Heard, Watched, watched
 
 CAPTIONS = ["a red cat", "", "a blue dog", "a red cat", "two birds"]
 
@@ -74,6 +75,47 @@ def test_embeddings_keep_the_encoders_dtype_and_each_dtype_has_its_own(
         half.embeds(["a cat"])
     half.prepare(["a cat"], Bus())
     assert half.embeds(["a cat"])["prompt_embeds"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("together", "dtype", "said"),
+    [
+        (
+            2,
+            torch.float32,
+            "2 captions\n  lower text_encoder_batch_size (a text_embeds entry may have its own) and"
+            " start again",
+        ),
+        (1, torch.float32, "1 caption\n  set mixed_precision bf16 and start again"),
+        (
+            1,
+            torch.bfloat16,
+            "1 caption\n  end what else uses this memory, or take a device that has more, and start"
+            " again",
+        ),
+    ],
+    ids=["batch", "caption", "half"],
+)
+def test_a_memory_that_is_full_while_encoding_says_what_takes_less_and_keeps_the_rest(
+    tiny_sdxl: Path, tmp_path: Path, together: int, dtype: torch.dtype, said: str
+) -> None:
+    class Full(Watched):
+        def encode_text(self, pipe, captions):  # type: ignore[no-untyped-def]
+            if len(self.batches) == 1:
+                fill_the_memory()
+            return super().encode_text(pipe, captions)
+
+    family = watched(tiny_sdxl)
+    cache = TextCache(
+        Full(family.checkpoint, family.options),
+        TensorStore.open(tmp_path),
+        Place(torch.device("cpu"), dtype),
+        batch_size=together,
+    )
+    with pytest.raises(CacheError) as caught:
+        cache.prepare(CAPTIONS, Bus())
+    assert str(caught.value) == f"the memory is full while encoding {said}"
+    assert len(TensorStore.open(tmp_path)) == together
 
 
 def test_the_trainers_own_layouts_are_all_it_takes(tiny_sdxl: Path, tmp_path: Path) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simpletuner.core.errors import ModelError
+from simpletuner.core.errors import ModelError, is_out_of_memory
 from simpletuner.core.types import Place
 from simpletuner.models.family import Family
 from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
+from tests.runs import fill_the_memory
 
 CPU = Place(torch.device("cpu"), torch.float32)
 
@@ -100,3 +102,12 @@ def test_a_truncated_part_is_an_error_that_names_it(
     others = [name for name in ("unet", "vae", "text_encoder") if name != part]
     with pytest.raises(ModelError, match=r"x: cannot open its StableDiffusionXLPipeline"):
         checkpoint.open_pipeline("StableDiffusionXLPipeline", without=others, dtype=torch.float32)
+
+
+def test_a_memory_that_is_full_while_opening_is_no_fault_of_the_checkpoint(
+    tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", fill_the_memory)
+    with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
+        opened(tiny_sdxl).open_vae(CPU.device, CPU.dtype)
+    assert is_out_of_memory(caught.value)

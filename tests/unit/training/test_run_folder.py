@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +78,17 @@ def test_what_is_looked_at_first_takes_its_place_or_is_gone(tmp_path: Path) -> N
     stage("new")
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
     assert (tmp_path / "result").read_text() == "new"
+
+
+def test_a_disk_that_refuses_says_how_to_go_on_from_what_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as caught, RunFolder(tmp_path).writing("the weights"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert f"the weights cannot be written to {tmp_path}: No space left" in str(caught.value)
+    assert str(caught.value).endswith(
+        "GB are free there: make room, or set output_dir to another disk and copy the folder there;"
+        " then start again; resume_from_checkpoint=latest, the default, resumes from the last"
+        " checkpoint if there is one"
+    )
 
 
 def test_sweeping_removes_what_kills_leave_and_nothing_else(tmp_path: Path) -> None:

@@ -62,3 +62,17 @@ def test_prompts_are_written_and_wrapped():
 
     ink = [(np.asarray(sheet)[31:, :200] < 128).any(axis=(1, 2)).sum() for sheet in (blank, long)]
     assert ink[1] > 2 * ink[0] > 0
+
+
+def test_a_long_prompt_ends_with_dots_in_its_own_line():
+    fits, long, blank = "Ägypten " * 39, "Ägypten " * 200, Row("", (solid("white"),))
+
+    def written(text: str) -> np.ndarray:
+        sheet = comparison_sheet(["base"], [Row(text, (solid("white"),)), blank])
+        return np.asarray(sheet)[31:, :200]
+
+    whole, cut = written(fits), written(long)
+    assert (cut[256:264] == 255).all()
+    assert (cut[264:] == whole[264:]).all()
+    assert (cut[:228] == whole[:228]).all()  # 12 of 13 lines
+    assert (cut[228:256] != whole[228:256]).any()  # the dots

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from simpletuner.core.errors import ConfigError
 from simpletuner.core.files import safe_name
@@ -100,15 +103,47 @@ def test_a_library_is_not_read_where_nothing_is_rendered(tmp_path: Path) -> None
 
 
 def test_a_reference_lies_beside_the_library(tmp_path: Path) -> None:
-    (tmp_path / "cat.png").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
     library = write(tmp_path, {"cat": {"prompt": "a cat", "reference": "cat.png"}, "dog": "a dog"})
 
     assert [each.reference for each in read_library(library)] == [tmp_path / "cat.png", None]
 
 
-def test_a_reference_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def encoded(format: str) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(file := BytesIO(), format)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "No such file"),
+        (b"", "cannot identify image file"),
+        (encoded("PNG")[:-500], "truncated"),
+        (encoded("JPEG")[:-500], "truncated"),
+        (encoded("PNG").replace(b"IDAT", b"IDAU"), ""),
+    ],
+    ids=["nothing", "no picture", "half a PNG", "half a JPEG", "a broken PNG"],
+)
+def test_a_reference_that_cannot_be_shown_is_refused(
+    tmp_path: Path, content: bytes | None, why: str
+) -> None:
+    if content is not None:
+        (tmp_path / "cat.png").write_bytes(content)
     library = write(tmp_path, {"cat": {"prompt": "a cat", "reference": "cat.png"}})
 
-    with pytest.raises(ConfigError, match="the reference of 'cat' is not there") as error:
+    with pytest.raises(ConfigError, match=f"the reference of 'cat' cannot be shown: .*{why}") as it:
         read_library(library)
-    assert "from the library's folder" in str(error.value.fix)
+    assert "from the library's folder" in str(it.value.fix)
+
+
+def test_a_reference_of_too_many_pixels_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
+    library = write(tmp_path, {"cat": {"prompt": "a cat", "reference": "cat.png"}})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+
+    with pytest.raises(ConfigError, match=r"cannot be shown: Image size .64 pixels. exceeds"):
+        read_library(library)
