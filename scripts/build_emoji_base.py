@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-MINUTES = {"vae": 15.0, "unet": 42.0, "tiny_vae": 4.0, "clip": 8.0}
+MINUTES = {"vae": 15.0, "unet": 42.0, "tiny_vae": 4.0, "clip": 15.0}
 CAP_MINUTES = 180.0
 SMOKE_STEPS = {"vae": 6, "unet": 6, "tiny_vae": 4, "clip": 3}
 

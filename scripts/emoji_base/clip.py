@@ -40,7 +40,7 @@ def new_clip(work: Work) -> CLIPModel:
         "intermediate_size": 4 * WIDTH,
         "num_hidden_layers": 4,
         "image_size": SIZE,
-        "patch_size": 8,
+        "patch_size": 16,
     }
     return CLIPModel(
         CLIPConfig(text_config=both | text, vision_config=both | vision, projection_dim=WIDTH)
@@ -61,8 +61,8 @@ def image_processor() -> CLIPImageProcessorPil:
 class ClipTask:
     """InfoNCE over distinct concepts, each in a style and a caption drawn at random."""
 
-    batch = 256
-    rate = 1e-3
+    batch = 512
+    rate = 4e-3
 
     def __init__(self, work: Work) -> None:
         self.module = new_clip(work)
@@ -76,10 +76,10 @@ class ClipTask:
             if small.shape[-1] != SIZE:
                 small = functional.avg_pool2d(small.float(), small.shape[-1] // SIZE).round()
             self.styles.append((where, small.to(torch.uint8)))
-        self.batch = min(self.batch, len(self.concepts))
 
     def loss(self, generator: torch.Generator, count: int) -> Tensor:
         """Both directions of the cross entropy between pictures and captions."""
+        count = min(count, len(self.concepts))
         chosen = torch.randperm(len(self.concepts), generator=generator)[:count].tolist()
         pixels = torch.stack([self._picture(row, generator) for row in chosen])
         captions = [self._caption(row, generator) for row in chosen]
@@ -87,6 +87,7 @@ class ClipTask:
         ids = self.words(
             captions, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
         )
+        pixels = varied(pixels, generator)
         with autocast():
             scores = self.module(pixel_values=pixels, **ids).logits_per_image.float()
         target = torch.arange(count)
@@ -95,16 +96,9 @@ class ClipTask:
         ) / 2
 
     def _picture(self, row: int, generator: torch.Generator) -> Tensor:
-        """[3, 64, 64] in [-1, 1], moved, mirrored, brightened a little."""
         having = [(where[row], small) for where, small in self.styles if row in where]
         place, small = having[_draw(len(having), generator)]
-        picture = floats(small[place])
-        if _draw(2, generator):
-            picture = picture.flip(2)
-        y, x = _draw(13, generator), _draw(13, generator)
-        picture = functional.pad(picture, (6, 6, 6, 6), value=1.0)[:, y : y + SIZE, x : x + SIZE]
-        gain, shift = torch.rand(2, generator=generator).sub(0.5).mul(0.3).tolist()
-        return (picture * (1 + gain) + shift).clamp(-1, 1)
+        return floats(small[place])
 
     def _caption(self, row: int, generator: torch.Generator) -> str:
         concept = self.concepts[row]
@@ -114,6 +108,38 @@ class ClipTask:
             return ", ".join(concept["tags"][i] for i in order)
         label: str = concept["label"]
         return label if form < 3 else f"an emoji of {concept['phrase']}"
+
+
+def varied(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1] moved, scaled, turned, shaded and tinted, each on its own.
+
+    Styles differ in margins, light and colour, hardly in shape. Without this, as many steps put the
+    right caption of a style never seen into the top 10 in 53 % of cases instead of 73 %. Never
+    mirrored: some emoji are each other's mirror picture.
+    """
+
+    def spread(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator) * 2 - 1
+
+    count, _, height, width = pixels.shape
+    moves = torch.zeros(count, 2, 3)
+    moves[:, 0, 0] = 1 + 0.2 * spread(count)
+    moves[:, 1, 1] = moves[:, 0, 0] * (1 + 0.08 * spread(count))
+    moves[:, 0, 1] = 0.12 * spread(count)
+    moves[:, 1, 0] = -moves[:, 0, 1]
+    moves[:, :, 2] = 0.15 * spread(count, 2)
+    grid = functional.affine_grid(moves, list(pixels.shape), align_corners=False)
+    # what comes in from outside is 0, so white has to be
+    moved = 1 - functional.grid_sample(1 - pixels, grid, align_corners=False)
+    # light from a side, on what is drawn but not on the white around it
+    slopes = 0.35 * spread(count, 2, 1, 1)
+    down = torch.linspace(-1, 1, height).view(1, height, 1)
+    across = torch.linspace(-1, 1, width).view(1, 1, width)
+    light = (1 + slopes[:, 0] * down + slopes[:, 1] * across).unsqueeze(1)
+    lit = ((moved + 1) / 2 * light).clamp(0, 1) * 2 - 1
+    shaded = torch.where((1 - moved).amax(1, keepdim=True) > 0.04, lit, moved)
+    gain, shift = 1 + 0.2 * spread(count, 3, 1, 1), 0.15 * spread(count, 3, 1, 1)
+    return (shaded * gain + shift).clamp(-1, 1)
 
 
 def _draw(count: int, generator: torch.Generator) -> int:

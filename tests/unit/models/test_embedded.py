@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from scripts.measure_emoji_example import pictures_of
 from simpletuner.core.errors import ConfigError
@@ -74,9 +77,10 @@ def test_other_names_mean_the_hub(name: str) -> None:
 
 def test_it_is_small_and_all_weights_are_half_precision() -> None:
     files = [path for path in folder().rglob("*") if path.is_file()]
-    beside = [path for path in files if path.relative_to(folder()).parts[0] == "tiny_vae"]
-    assert sum(path.stat().st_size for path in files) <= 16e6
-    assert sum(path.stat().st_size for path in beside) <= 8e6
+    beside = [path for path in files if path.relative_to(folder()).parts[0] in ("tiny_vae", "clip")]
+    whole, added = (sum(path.stat().st_size for path in those) for those in (files, beside))
+    assert whole - added <= 16e6
+    assert added <= 8e6
     for path in folder().rglob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
@@ -85,7 +89,14 @@ def test_it_is_small_and_all_weights_are_half_precision() -> None:
 
 def test_its_licences_are_named() -> None:
     notice = (folder() / "NOTICE").read_text(encoding="utf-8")
-    for source in ("Noto Emoji", "Apache License", "emojibase-data", "MIT License"):
+    for source in (
+        "Noto Emoji",
+        "Apache License",
+        "MIT License",
+        "Twemoji",
+        "CC-BY 4.0",
+        "emojibase",
+    ):
         assert source in notice
 
 
@@ -124,13 +135,34 @@ def test_the_tiny_autoencoder_decodes_what_the_denoiser_makes() -> None:
     assert psnr(quick, full) > 24
 
 
-def test_what_it_paints_is_what_was_asked_for() -> None:
-    names = list(fluent()[1])
-    prompts = [f"an emoji of a {name}" for name in PAINTED]
-    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+@torch.no_grad()
+def likeness(pixels: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
+    """The cosines of the embedded CLIPModel, [pictures, captions]."""
+    model = CLIPModel.from_pretrained(folder() / "clip", dtype=torch.float32)
+    words = CLIPTokenizer.from_pretrained(folder() / "clip")
+    reader = CLIPImageProcessorPil.from_pretrained(folder() / "clip")
+    shown = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in (pixels * 127.5 + 127.5).byte()]
+    ids = words(list(captions), padding=True, return_tensors="pt")
+    texts = model.get_text_features(**ids).pooler_output
+    images = model.get_image_features(**reader(shown, return_tensors="pt")).pooler_output
+    return functional.normalize(images, dim=-1) @ functional.normalize(texts, dim=-1).T
 
+
+def test_its_clip_model_names_pictures_of_a_style_it_never_saw() -> None:
+    pixels, names = fluent()
+    scores = likeness(pixels, names)
+
+    better = (scores > scores.diagonal()[:, None]).sum(1)
+    assert (better == 0).float().mean() > 0.7
+    assert (better < 5).float().mean() > 0.9
+
+
+@cache
+def painted() -> torch.Tensor:
+    """A picture of each of `PAINTED` by the base, [N, 3, 128, 128] in [-1, 1]."""
+    generators = [torch.Generator().manual_seed(i) for i in range(len(PAINTED))]
     made = pipeline()(
-        prompts,
+        [f"an emoji of a {name}" for name in PAINTED],
         height=128,
         width=128,
         num_inference_steps=12,
@@ -138,9 +170,18 @@ def test_what_it_paints_is_what_was_asked_for() -> None:
         generator=generators,
         output_type="pt",
     ).images
+    return made * 2 - 1
 
-    # in the colours of 8×8 px each is near the drawing of the same thing in another style
-    small, known = (functional.avg_pool2d(x, 8).flatten(1) for x in (made * 2 - 1, fluent()[0]))
+
+def test_what_it_paints_is_named_right_by_its_clip_model() -> None:
+    best = likeness(painted(), fluent()[1]).argmax(1)
+
+    assert sum(fluent()[1][i] == name for i, name in zip(best, PAINTED, strict=True)) >= 7
+
+
+def test_what_it_paints_has_the_colours_of_the_thing_in_another_style() -> None:
+    names = list(fluent()[1])
+    small, known = (functional.avg_pool2d(x, 8).flatten(1) for x in (painted(), fluent()[0]))
     distances = torch.cdist(small, known)
     own = distances[range(len(PAINTED)), [names.index(name) for name in PAINTED]]
     places = (distances < own[:, None]).sum(1)
