@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
-from PIL import Image
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from scripts.measure_emoji_example import pictures_of
 from simpletuner.core.errors import ConfigError
 from simpletuner.models.embedded import embedded_folder
 from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
+from tests.emoji import EMOJI, FOLDER, fluent, likeness
 
-NAME = "simpletuner/emoji-sdxl"
-PICTURES = Path(__file__).parents[3] / "config/examples/emoji"
 PAINTED = ("red apple", "rocket", "rainbow", "octopus", "pizza", "crown", "bicycle", "frog")
-
-
-def folder() -> Path:
-    found = embedded_folder(NAME)
-    assert found is not None
-    return found
 
 
 @cache
 def pipeline() -> StableDiffusionXLPipeline:
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder(), dtype=torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(FOLDER, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@cache
-def fluent() -> tuple[torch.Tensor, tuple[str, ...]]:
-    """The example's pictures [N, 3, 128, 128] in [-1, 1] on white, and what each shows."""
-    found = {
-        name.replace("-", " "): pixels
-        for part in ("data", "held_out")
-        for name, pixels in pictures_of(PICTURES / part).items()
-    }
-    return torch.stack(list(found.values())), tuple(found)
 
 
 def psnr(made: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -55,16 +32,16 @@ def psnr(made: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def test_it_is_opened_by_its_name_and_predicts_what_its_scheduler_says() -> None:
-    family = open_family(ModelSettings(model_family="sdxl", pretrained_model_name_or_path=NAME))
+    family = open_family(ModelSettings(model_family="sdxl", pretrained_model_name_or_path=EMOJI))
 
-    assert family.checkpoint.label == NAME
-    assert family.checkpoint.folder == folder()
+    assert family.checkpoint.label == EMOJI
+    assert family.checkpoint.folder == FOLDER
     assert family.prediction_type == "v_prediction"
 
 
 def test_it_has_no_revisions() -> None:
     settings = ModelSettings(
-        model_family="sdxl", pretrained_model_name_or_path=NAME, revision="main"
+        model_family="sdxl", pretrained_model_name_or_path=EMOJI, revision="main"
     )
     with pytest.raises(ConfigError, match="which is on this machine"):
         open_family(settings)
@@ -76,19 +53,19 @@ def test_other_names_mean_the_hub(name: str) -> None:
 
 
 def test_it_is_small_and_all_weights_are_half_precision() -> None:
-    files = [path for path in folder().rglob("*") if path.is_file()]
-    beside = [path for path in files if path.relative_to(folder()).parts[0] in ("tiny_vae", "clip")]
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    beside = [path for path in files if path.relative_to(FOLDER).parts[0] in ("tiny_vae", "clip")]
     whole, added = (sum(path.stat().st_size for path in those) for those in (files, beside))
     assert whole - added <= 16e6
     assert added <= 8e6
-    for path in folder().rglob("*.safetensors"):
+    for path in FOLDER.rglob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
         assert kinds <= {"F16", "I64"}, path
 
 
 def test_its_licences_are_named() -> None:
-    notice = (folder() / "NOTICE").read_text(encoding="utf-8")
+    notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
     for source in (
         "Noto Emoji",
         "Apache License",
@@ -126,26 +103,13 @@ def test_the_vae_shows_a_style_it_never_saw_and_needs_its_scale() -> None:
 def test_the_tiny_autoencoder_decodes_what_the_denoiser_makes() -> None:
     pixels = fluent()[0][:16]
     vae = pipeline().vae
-    tiny = AutoencoderTiny.from_pretrained(folder() / "tiny_vae", dtype=torch.float32)
+    tiny = AutoencoderTiny.from_pretrained(FOLDER / "tiny_vae", dtype=torch.float32)
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mean
         full = vae.decode(latents).sample.clamp(-1, 1)
         quick = tiny.decode(latents * vae.config.scaling_factor).sample.clamp(-1, 1)
 
     assert psnr(quick, full) > 24
-
-
-@torch.no_grad()
-def likeness(pixels: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
-    """The cosines of the embedded CLIPModel, [pictures, captions]."""
-    model = CLIPModel.from_pretrained(folder() / "clip", dtype=torch.float32)
-    words = CLIPTokenizer.from_pretrained(folder() / "clip")
-    reader = CLIPImageProcessorPil.from_pretrained(folder() / "clip")
-    shown = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in (pixels * 127.5 + 127.5).byte()]
-    ids = words(list(captions), padding=True, return_tensors="pt")
-    texts = model.get_text_features(**ids).pooler_output
-    images = model.get_image_features(**reader(shown, return_tensors="pt")).pooler_output
-    return functional.normalize(images, dim=-1) @ functional.normalize(texts, dim=-1).T
 
 
 def test_its_clip_model_names_pictures_of_a_style_it_never_saw() -> None:
