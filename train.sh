@@ -14,7 +14,9 @@ python=$(scripts/setup.sh)
 
 # Threads that sleep at once where they wait halve the speed of a small model on a CPU; threads that
 # spin for long slow each other down tenfold where the CPU is busy.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}
+if [ -z "${OMP_WAIT_POLICY:-}" ]; then
+    export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}
+fi
 
 # In place of this shell, so that signals reach the trainer and its exit code is ours.
 exec "$python" -m simpletuner train "$@"

@@ -108,7 +108,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--output", type=Path, help="the model's folder (WORK/emoji-sdxl)")
     parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--concepts", type=int, default=128, help="emoji that the base learns")
+    parser.add_argument("--concepts", type=int, default=64, help="emoji that the base learns")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     known = ",".join(f"{stage}={minutes:g}" for stage, minutes in MINUTES.items())
     parser.add_argument("--minutes", type=_numbers, default={}, help=f"of each process: {known}")

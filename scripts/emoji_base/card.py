@@ -18,20 +18,39 @@ from scripts.emoji_base.work import Work
 TRAINED_STAGES = ("vae", "unet", "tiny_vae", "clip")
 
 NOTICE = """\
-These weights were trained by SimpleTuner's scripts/build_emoji_base.py. No picture is contained.
-They learnt from:
+These weights were trained by SimpleTuner's scripts/build_emoji_base.py. No picture file is
+contained, but what they draw is close to the pictures they learnt from:
 
 Noto Emoji, Copyright Google LLC, Apache License 2.0 (http://www.apache.org/licenses/LICENSE-2.0),
-    from the npm package @iconify-json/noto 1.2.9: the VAE, the denoiser, tiny_vae/ and clip/.
-Fluent Emoji (flat style), Copyright (c) Microsoft Corporation, MIT License,
-    from the npm package @iconify-json/fluent-emoji-flat 1.2.6: clip/ only.
+    https://github.com/googlefonts/noto-emoji, from the npm package @iconify-json/noto 1.2.9: the
+    VAE, the denoiser, tiny_vae/ and clip/.
+Fluent Emoji (flat style), Copyright (c) Microsoft Corporation, MIT License (below),
+    https://github.com/microsoft/fluentui-emoji, from the npm package
+    @iconify-json/fluent-emoji-flat 1.2.6: clip/ only.
 Twemoji, Copyright Twitter, Inc and other contributors, CC-BY 4.0
-    (https://creativecommons.org/licenses/by/4.0/), from the npm package
-    @iconify-json/twemoji 1.2.5, drawn at 64 px: clip/ only.
-Names and tags: emojibase-data 17.0.0, Copyright (c) 2017-2019 Miles Johnson, MIT License.
+    (https://creativecommons.org/licenses/by/4.0/), https://github.com/twitter/twemoji, from the
+    npm package @iconify-json/twemoji 1.2.5, drawn at 64 px: clip/ only.
+Names and tags: emojibase-data 17.0.0, Copyright (c) 2017-2019 Miles Johnson, MIT License (below).
 
 Fluent Emoji (3D style), Copyright (c) Microsoft Corporation, MIT License, from the npm package
 @lobehub/fluent-emoji-3d 1.1.0, was only measured with.
+
+The MIT License:
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense,
+and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so,
+subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
+LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT.
+IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
+WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
 
@@ -68,7 +87,8 @@ def write_card(work: Work, target: Path, numbers: dict[str, float]) -> None:
         f"| {name} | {value:.3f} | {verdict(name, value)} |" for name, value in numbers.items()
     )
     training = "\n".join(
-        f"| {stage} | {facts['steps']} | {facts['batch']} | {facts['cpu_seconds'] / 60:.1f} |"
+        f"| {stage} | {facts['steps']} | {facts['batch']} | {'yes' if facts['bf16'] else 'no'}"
+        f" | {facts['cpu_seconds'] / 60:.1f} |"
         for stage, facts in stages.items()
     )
     text = f"""\
@@ -104,12 +124,15 @@ The style that `clip/` is measured in it never saw, but the same designs drawn f
     python -m scripts.build_emoji_base --work WORK --seed {work.seed} \\
         --concepts {work.concepts} --workers {work.workers} --steps {steps}
 
-| stage | steps | batch | CPU-minutes |
-| --- | --- | --- | --- |
+| stage | steps | batch | bf16 | CPU-minutes |
+| --- | --- | --- | --- | --- |
 {training}
 
 {sum(ledger.values()) / 60:.1f} CPU-minutes in all, {work.workers} processes of one thread.
-The same processor kind, library versions, seed and steps give the same weights.
-Licences of what it learnt from: NOTICE.
+The same processor kind, library versions, seed and steps give the same weights; bf16 says whether
+the stage's processor multiplied it itself.
+
+The weights draw pictures close to those they learnt from, and stand under the licences of these:
+see NOTICE, which names a further one for `clip/`.
 """
     (target / "README.md").write_text(text, encoding="utf-8")

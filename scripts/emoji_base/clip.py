@@ -113,9 +113,10 @@ class ClipTask:
 def varied(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures [N, 3, H, W] in [-1, 1] moved, scaled, turned, shaded and tinted, each on its own.
 
-    Styles differ in margins, light and colour, hardly in shape. Without this, as many steps put the
-    right caption of a style never seen into the top 10 in 53 % of cases instead of 73 %. Never
-    mirrored: some emoji are each other's mirror picture.
+    Styles differ in margins, light and colour, hardly in shape: in trials of 340 steps of 256, the
+    right caption of a style never seen came into the top 10 in 73 % of cases, and in 53 % where
+    pictures were only moved and brightened. Never mirrored: some emoji are each other's mirror
+    picture.
     """
 
     def spread(*shape: int) -> Tensor:

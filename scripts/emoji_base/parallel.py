@@ -293,6 +293,7 @@ class _Run:
             self.vectors.weights.copy_(self.vectors.average)
             named = {n: p for n, p in self.task.module.named_parameters() if p.requires_grad}
             facts = {"steps": self.step, "cpu_seconds": self.cpu, "batch": self.task.batch}
+            facts["bf16"] = has_fast_bf16()
             self.work.save_tensors(f"{self.stage}.safetensors", named, **facts)
 
     def _take_step(self, stop: bool) -> bool:

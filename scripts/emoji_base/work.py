@@ -27,7 +27,7 @@ class Work:
     folder: Path
     seed: int = 11
     workers: int = 2
-    concepts: int = 128
+    concepts: int = 64
     held_out: int = 128
     limit: int | None = None
 

@@ -21,8 +21,14 @@ from difflib import get_close_matches
 RESUME = "resume_from_checkpoint=latest, the default, resumes from the last checkpoint"
 """How every advice ends after which a run can go on; true whatever the setting is now."""
 
-_FULL = ("can't allocate memory", "out of memory")
-"""What torch says of the CPU's memory, and of a device's where the error has no type of its own."""
+_FULL = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "alloc_failed",
+)
+"""What torch, CUDA's libraries and the system say of a full memory, in small letters."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _FULL)
 
 
 def render_problems(problems: Sequence[Problem]) -> str:

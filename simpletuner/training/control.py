@@ -34,15 +34,17 @@ class Control:
 
     def __init__(self) -> None:
         self.leave: int | None = None
-        self._deferred = self._reached_loop = False
+        self._open = self._deferred = self._reached_loop = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Control:
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._on_signal)
+        self._open = True  # only from here is there someone who catches what the handler raises
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self._open = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if isinstance(error, _Leave):
@@ -65,7 +67,7 @@ class Control:
         if self.leave is not None:
             os._exit(128 + number)
         self.leave = number
-        if not self._deferred:
+        if self._open and not self._deferred:
             advice = f"; {RESUME}" if self._reached_loop else _SAME_COMMAND
             told = Interrupted(
                 number,

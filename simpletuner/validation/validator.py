@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from simpletuner.adapters.export import LORA_FILE
 from simpletuner.core.events import Bus, ImagesMade
-from simpletuner.core.files import RunFolder, safe_name, write_json, write_through
+from simpletuner.core.files import RunFolder, read_json, safe_name, write_json, write_through
 from simpletuner.validation.comparison import Row, comparison_sheet
 from simpletuner.validation.sampler import Sampler, Shot, open_sampler
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     Wanted = tuple[Prompt, int, Shot]
 
 log = logging.getLogger(__name__)
+
+_ROUND = "round"
+"""Where a sheet and a recipe keep the digest of the round they belong to."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,16 @@ class Validator:
     def _sample(self, step: int, last: bool, made: list[Path]) -> None:
         wanted = list(self._wanted())
         both = last and not self.settings.disable_benchmark
-        if not self._shows(self._sheet, step):  # it is of an earlier run, or of fewer steps
+        asked = self._asked(wanted, step)
+        if not _shows(self._sheet, asked):  # it is of an earlier run, of other steps or prompts
             self._sheet.unlink(missing_ok=True)
         if not wanted:
             return
         end = self._sheet if both else self._path(wanted[-1], step).with_suffix(".json")
-        if last and self._shows(end, step):  # a finished run was started again
+        if last and _shows(end, asked):  # a finished run was started again
             return
         if not self.leaving():
-            self._render_all(wanted, (step, None) if both else (step,), made)
+            self._render_all(wanted, (step, None) if both else (step,), asked, made)
         total = len(wanted) * (1 + both)
         if len(made) < total:
             missing = f"; {self._sheet.name} is missing, the next start makes it" if both else ""
@@ -91,17 +97,18 @@ class Validator:
                 f" was asked to leave{missing}"
             )
         elif both:
-            made.append(self._compare(made[len(wanted) :], made[: len(wanted)], step))
+            made.append(self._compare(made[len(wanted) :], made[: len(wanted)], step, asked))
 
-    def _shows(self, path: Path, step: int) -> bool:
-        """True if `path` is of the weights after `step`: it is younger than their checkpoint."""
-        saved = self.folder.checkpoint(step)
-        if not path.exists() or not saved.exists():
-            return False
-        return path.stat().st_mtime_ns > saved.stat().st_mtime_ns
+    def _asked(self, wanted: Sequence[Wanted], step: int) -> str:
+        """A digest of what a round shows: the saved weights of its step, and every picture."""
+        manifest = self.folder.checkpoint(step) / "manifest.json"
+        weights = manifest.read_bytes() if manifest.is_file() else b""
+        shots = [(prompt.name, prompt.text, number, shot) for prompt, number, shot in wanted]
+        told = repr((step, self.prompts.negative, shots)).encode()
+        return blake2b(weights + told, digest_size=16).hexdigest()
 
     def _render_all(
-        self, wanted: Sequence[Wanted], steps: Sequence[int | None], made: list[Path]
+        self, wanted: Sequence[Wanted], steps: Sequence[int | None], asked: str, made: list[Path]
     ) -> None:
         """The pictures of each step, or with None of the base; those up to an order to leave."""
         trainable = self.weights.trainable
@@ -114,7 +121,7 @@ class Validator:
             for step in steps:
                 with trainable.disabled() if step is None else nullcontext():
                     for each in takewhile(lambda _: not self.leaving(), wanted):
-                        self._render(sampler, each, step, made)
+                        self._render(sampler, each, step, asked, made)
 
     def _wanted(self) -> Iterator[Wanted]:
         """Every picture of a round: its prompt, its number, and what is asked of the pipeline."""
@@ -146,7 +153,9 @@ class Validator:
             return self.folder.benchmarks / name
         return self.folder.images / f"step_{step}_{name}"
 
-    def _render(self, sampler: Sampler, wanted: Wanted, step: int | None, made: list[Path]) -> None:
+    def _render(
+        self, sampler: Sampler, wanted: Wanted, step: int | None, asked: str, made: list[Path]
+    ) -> None:
         """Write one picture and its recipe; `step` None is the untouched base model."""
         prompt, _, shot = wanted
         image = sampler.picture(
@@ -155,9 +164,10 @@ class Validator:
         path = self._path(wanted, step)
         write_through(path, lambda temporary: image.save(temporary, format="PNG"))
         made.append(path)
-        write_json(path.with_suffix(".json"), self._recipe(sampler, step, prompt, shot))
+        recipe = self._recipe(sampler, step, prompt, shot) | {_ROUND: asked}
+        write_json(path.with_suffix(".json"), recipe)
 
-    def _compare(self, base: Sequence[Path], made: Sequence[Path], step: int) -> Path:
+    def _compare(self, base: Sequence[Path], made: Sequence[Path], step: int, asked: str) -> Path:
         """Write ``before_after.png``: the first picture of each prompt, and its reference."""
         each = len(base) // len(self.prompts.entries)
         columns = ["base", f"after {step} steps"]
@@ -171,7 +181,11 @@ class Validator:
             pictures = tuple(None if path is None else Image.open(path) for path in shown)
             rows.append(Row(prompt.text, pictures))
         sheet = comparison_sheet(columns, rows)
-        write_through(self._sheet, lambda temporary: sheet.save(temporary, format="PNG"))
+        note = PngInfo()
+        note.add_text(_ROUND, asked)
+        write_through(
+            self._sheet, lambda temporary: sheet.save(temporary, format="PNG", pnginfo=note)
+        )
         return self._sheet
 
     def _recipe(
@@ -203,3 +217,14 @@ class Validator:
             return None
         folder = self.folder.checkpoint(step)
         return f"{folder.name}/{LORA_FILE}" if folder.is_dir() else None
+
+
+def _shows(path: Path, asked: str) -> bool:
+    """True if a sheet or a recipe is there and belongs to the round `asked`."""
+    try:
+        if path.suffix == ".json":
+            return bool(read_json(path).get(_ROUND) == asked)
+        with Image.open(path) as sheet:
+            return sheet.info.get(_ROUND) == asked
+    except (OSError, ValueError):
+        return False

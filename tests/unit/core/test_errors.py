@@ -21,6 +21,8 @@ def test_the_cpus_refusal_is_a_full_memory() -> None:
     [
         (torch.OutOfMemoryError("Allocation on device"), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB)"), True),
+        (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), True),
         (MemoryError(), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -76,3 +77,44 @@ def test_the_sheet_of_an_earlier_run_goes_at_the_first_validation(
 
     assert there == [False] * 3
     assert told(run)[-1][-1] == "before_after.png"
+
+
+def test_the_sheet_of_later_steps_goes_where_a_run_goes_back(
+    tmp_path: Path, tiny_sdxl: Path
+) -> None:
+    run = Run(tmp_path, tiny_sdxl)
+    sheet = run.out / "before_after.png"
+    settings = BOTH | {"checkpoint_step_interval": 1}
+    assert run.train(**settings | {"max_train_steps": 2}) == 0
+    later = sheet.read_bytes()
+
+    assert run.train(**settings, resume_from_checkpoint="checkpoint-1") == 0
+
+    assert sheet.read_bytes() != later
+    assert "step_1_validation_0_64x96.png" in told(run)[-1]
+
+
+@pytest.mark.parametrize("disable_benchmark", [False, True])
+def test_a_finished_run_shows_another_prompt_when_asked(
+    tmp_path: Path, tiny_sdxl: Path, disable_benchmark: bool
+) -> None:
+    run = Run(tmp_path, tiny_sdxl)
+    settings = BOTH | {"disable_benchmark": disable_benchmark}
+    assert run.train(**settings) == 0
+    assert run.train(**settings) == 0
+    assert len(told(run)) == 1
+
+    assert run.train(**settings, validation_prompt="another") == 0
+
+    assert len(told(run)) == 2
+
+
+def test_a_copied_run_shows_what_it_showed(tmp_path: Path, tiny_sdxl: Path) -> None:
+    run = Run(tmp_path, tiny_sdxl)
+    assert run.train(**BOTH) == 0
+    for path in run.out.rglob("*"):
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+
+    assert run.train(**BOTH) == 0
+
+    assert len(told(run)) == 1
