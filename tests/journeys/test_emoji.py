@@ -31,8 +31,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {
         "output_dir": root / "out",
         "user_prompt_library": root / "prompts.json",
-        "max_train_steps": 16,
-        "learning_rate": 6e-4,
+        "max_train_steps": 60,
         "checkpoint_step_interval": 0,
         "validation_num_inference_steps": 8,
     }
@@ -49,8 +48,8 @@ def measured(out: Path) -> Measured:
 def test_the_loss_falls_in_the_stock_pipeline_also_on_pictures_held_out(
     measured: Measured,
 ) -> None:
-    assert measured.fall("data") > 0.05
-    assert measured.fall("held_out") > 0.05
+    assert measured.fall("data") > 0.25
+    assert measured.fall("held_out") > 0.25
 
 
 def test_strength_0_is_the_base_and_half_the_strength_lies_between(measured: Measured) -> None:
