@@ -6,8 +6,8 @@
 test: export OMP_NUM_THREADS := 1
 test: export OMP_WAIT_POLICY := PASSIVE
 test:
-	@python=$$(scripts/setup.sh test) && "$$python" -m pytest -n "$$(nproc 2>/dev/null || echo 2)" \
-		--maxprocesses 8 --dist loadscope
+	@python=$$(scripts/setup.sh test) && "$$python" -m pytest --dist loadscope \
+		-n "$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)" --maxprocesses 8
 
 check:
 	@python=$$(scripts/setup.sh test) && \
