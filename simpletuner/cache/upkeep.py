@@ -1,0 +1,191 @@
+"""Looking after a folder of packs: what is in it, whether it is whole, and removing what is unused.
+
+Nothing here runs by itself: a run never removes an entry.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from simpletuner.cache.packs import DAMAGED, PACK, PART, PARTIAL
+from simpletuner.cache.parts import DamagedPackError, as_table, read_part, rebuild_entries
+from simpletuner.cache.store import DamagedEntryError, TensorStore
+
+STALE_SECONDS = 3600.0
+"""A pack in the making is written to at least every two minutes; one this old is left by a kill."""
+
+_WASTE = 0.5
+"""The unused share of a pack from which on it is written anew without."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a folder holds, beside what is wanted of it.
+
+    Args:
+        wanted: Entries that the settings ask for.
+        present: Those of them that are there.
+        unused: Entries that they do not ask for; other settings may.
+        unused_bytes: Their size.
+        file_bytes: Of all packs.
+        packs: How many there are.
+        unfinished: Packs in the making, or left by a kill.
+        refused: Packs that cannot be read.
+    """
+
+    wanted: int
+    present: int
+    unused: int
+    unused_bytes: int
+    file_bytes: int
+    packs: int
+    unfinished: int
+    refused: int
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What `collect` removed: entries, unfinished packs, and bytes of files."""
+
+    entries: int
+    unfinished: int
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class _Pack:
+    path: Path
+    table: pa.Table
+
+    @property
+    def keys(self) -> list[bytes]:
+        found: list[bytes] = self.table["key"].to_pylist()
+        return found
+
+    @property
+    def sizes(self) -> list[int]:
+        found: list[int] = self.table["nbytes"].to_pylist()
+        return found
+
+    @property
+    def files(self) -> list[Path]:
+        """The pack, its part and what marks entries of it as damaged; the part goes first."""
+        stem, folder = self.path.stem, self.path.parent
+        return [folder / f"{stem}{PART}", self.path, *folder.glob(f"{stem}.*{DAMAGED}")]
+
+
+def survey(folder: Path, wanted: Collection[bytes]) -> Survey:
+    """Count what is in `folder`; nothing is changed."""
+    packs, refused = _packs(folder)
+    there: set[bytes] = set()
+    unused = unused_bytes = 0
+    for pack in packs:
+        for key, size in zip(pack.keys, pack.sizes, strict=True):
+            if key in wanted and key not in there:
+                there.add(key)
+            else:  # nobody asks for it, or an earlier pack answers
+                unused += 1
+                unused_bytes += size
+    return Survey(
+        wanted=len(wanted),
+        present=len(there),
+        unused=unused,
+        unused_bytes=unused_bytes,
+        file_bytes=sum(pack.path.stat().st_size for pack in packs),
+        packs=len(packs),
+        unfinished=len(list(folder.glob(f"*{PARTIAL}"))),
+        refused=refused,
+    )
+
+
+def damaged(folder: Path) -> list[bytes]:
+    """Read every entry; those that are not as they were written are marked, and named here.
+
+    A marked entry counts as missing: the next start encodes it again.
+    """
+    store = TensorStore.open(folder)
+    found = []
+    for pack in _packs(folder)[0]:
+        for key in pack.keys:
+            (row,) = store.locate([key])
+            if row < 0:
+                continue
+            try:
+                store.read_into(int(row), {})
+            except DamagedEntryError:
+                found.append(key)
+    store.close()
+    return found
+
+
+def collect(folder: Path, wanted: Collection[bytes], *, dry: bool = False) -> Collected:
+    """Remove the entries that are not in `wanted`, and what kills have left.
+
+    A pack goes as a whole, or is written anew where at least half of it is unused; the new pack is
+    sealed before the old one goes. No run may use the folder meanwhile.
+
+    Args:
+        folder: With the packs.
+        wanted: The keys to keep.
+        dry: Remove nothing; what is returned is what would go, its bytes those of the entries.
+
+    Raises:
+        CacheError: The disk refused.
+    """
+    before = _bytes(folder)
+    entries = unused = 0
+    there: set[bytes] = set()
+    gone: list[_Pack] = []
+    store = TensorStore.open(folder)
+    for pack in _packs(folder)[0]:
+        sizes = dict(zip(pack.keys, pack.sizes, strict=True))
+        kept = [key for key in sizes if key in wanted and key not in there]
+        there.update(kept)
+        used, all_ = sum(sizes[key] for key in kept), sum(sizes.values())
+        if used > _WASTE * all_:
+            continue
+        gone.append(pack)
+        entries += len(sizes) - len(kept)
+        unused += all_ - used
+        for key in () if dry else kept:
+            with suppress(DamagedEntryError):  # it counts as missing, and is encoded again
+                store.put(key, store.get(key))
+    store.close()
+    left = [file for file in folder.glob(f"*{PARTIAL}") if _age(file) > STALE_SECONDS]
+    if dry:
+        return Collected(entries, len(left), unused + sum(file.stat().st_size for file in left))
+    for file in [file for pack in gone for file in pack.files] + left:
+        file.unlink(missing_ok=True)
+    return Collected(entries, len(left), before - _bytes(folder))
+
+
+def _packs(folder: Path) -> tuple[list[_Pack], int]:
+    """The packs in the order they were begun, and how many cannot be read."""
+    found, refused = [], 0
+    for path in sorted(folder.glob(f"*{PACK}")):
+        try:
+            found.append(_Pack(path, _table(path)))
+        except DamagedPackError:
+            refused += 1
+    return found, refused
+
+
+def _table(pack: Path) -> pa.Table:
+    part = pack.with_suffix(PART)
+    if part.exists():
+        return read_part(part, pack.stat().st_size)
+    return as_table(rebuild_entries(pack))
+
+
+def _age(file: Path) -> float:
+    return time.time() - file.stat().st_mtime
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
