@@ -113,6 +113,9 @@ class LoRA:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """See Trainable."""
+        if all(layer.disable_adapters for layer in self.layers().values()):
+            yield  # another context holds them off, and lets go of them
+            return
         self.denoiser.disable_adapters()
         try:
             yield

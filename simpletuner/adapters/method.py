@@ -52,7 +52,7 @@ class Trainable(Protocol):
         """`family.predict` with the adapters on."""
 
     def disabled(self) -> AbstractContextManager[Any]:
-        """The untouched base, as long as the context is open."""
+        """The untouched base, as long as the context is open; contexts may lie in each other."""
 
     def export(self, folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         """Write the user's files into `folder`."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config.describe import Described, described, table_rows
+from simpletuner.config.describe import Described, described, table_rows, with_inner
 from simpletuner.config.flat import SETTINGS, Setting, sections, settings_of
 from simpletuner.config.renames import DATASET_RENAMES, RENAMES
 from simpletuner.config.schema import config_schema, datasets_schema
@@ -61,7 +61,8 @@ def options_page() -> str:
 
 def dataloader_page() -> str:
     """Every key of ``multidatabackend.json``."""
-    pictures, text = settings_of(DatasetSettings), settings_of(TextEmbedsSettings)
+    pictures = with_inner(settings_of(DatasetSettings))
+    text = settings_of(TextEmbedsSettings)
     parts = [
         _GENERATED,
         "# Datasets\n",

@@ -1,4 +1,7 @@
-"""From a planned batch to tensors: draws from the dataset, latents and text from the caches."""
+"""From a planned batch to tensors: draws from the dataset, latents and text from the caches.
+
+Letters: B batch, H W the crop in px, h w in latent cells.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.nn.functional import adaptive_avg_pool2d
+
+from simpletuner.core.errors import DataError
 from simpletuner.core.types import Batch
+from simpletuner.data.pixels import PictureError
 
 if TYPE_CHECKING:
     from simpletuner.cache.latents import LatentCache
     from simpletuner.cache.text import TextCache
     from simpletuner.core.seeds import Seeds
-    from simpletuner.core.types import Embeds, PlannedBatch
+    from simpletuner.core.types import Embeds, PlannedBatch, Sample
     from simpletuner.data.source import DataSource
 
 
@@ -36,10 +44,12 @@ class Caches:
             source.sample(row, planned.epoch, occurrence, self.seeds)
             for row, occurrence in zip(planned.rows, planned.occurrences, strict=True)
         )
+        latents = self.latents.latents(source, samples, planned.epoch)
         return Batch(
-            latents=self.latents.latents(source, samples, planned.epoch),
+            latents=latents,
             embeds=self.embeds([sample.caption for sample in samples]),
             samples=samples,
+            mask=masks(source, planned.rows, samples, latents.shape[-2:]),
         )
 
     def embeds(self, captions: Sequence[str]) -> Embeds:
@@ -53,3 +63,30 @@ class Caches:
     def close(self) -> None:
         """Let the VAE go, and seal what was encoded on demand."""
         self.latents.close()
+
+
+def masks(
+    source: DataSource, rows: Sequence[int], samples: Sequence[Sample], cells: Sequence[int]
+) -> torch.Tensor | None:
+    """[B, 1, h, w] fp32 in 0..1, the share of each latent cell that is learned; None for all.
+
+    Args:
+        source: The dataset of the draws.
+        rows: Of their pictures.
+        samples: The draws.
+        cells: h and w.
+
+    Raises:
+        DataError: A mask cannot be decoded, or was changed since it was indexed.
+    """
+    if not any(sample.masked for sample in samples):
+        return None
+    found = torch.ones(len(samples), 1, *cells)
+    for mask, row, sample in zip(found, rows, samples, strict=True):
+        if sample.masked:
+            try:
+                pixels = torch.from_numpy(source.mask(row, sample.geometry))
+            except PictureError as error:
+                raise DataError(error.message, fix="repair it and start again") from error
+            mask[:] = adaptive_avg_pool2d(pixels[None].float() / 255, list(cells))
+    return found

@@ -147,6 +147,14 @@ class LatentCache:
             ]
         )
 
+    def folder(self, source: DataSource) -> Path:
+        """Where the latents of a dataset that keeps them are."""
+        return self._stores[source.id].folder
+
+    def keys(self, source: DataSource) -> set[bytes]:
+        """The entries of a dataset's pictures."""
+        return {self._row_key(source, row) for row in range(len(source))}
+
     # --- while training --------------------------------------------------------------------------
 
     def latents(self, source: DataSource, samples: Sequence[Sample], epoch: int) -> torch.Tensor:

@@ -5,7 +5,8 @@ Letters: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import ref
 
@@ -14,6 +15,7 @@ import torch
 from simpletuner.cache.fingerprint import text_key
 from simpletuner.cache.stage import EncodingStage, encoding, nothing_to_encode, release_memory
 from simpletuner.cache.store import naming
+from simpletuner.cache.truncation import cut_captions
 from simpletuner.core.errors import CacheError
 
 if TYPE_CHECKING:
@@ -46,20 +48,35 @@ class TextCache:
         self._batch_size = batch_size
         self._model = family.fingerprint("text")
 
-    def prepare(self, captions: Iterable[str], bus: Bus) -> None:
+    def prepare(self, captions: Mapping[str, Iterable[str]], bus: Bus) -> None:
         """Encode those of `captions` that are missing; without any, no encoder is opened.
+
+        Args:
+            captions: By whose they are, for messages.
+            bus: Told of progress, and of captions that are longer than the encoders see.
 
         Raises:
             CacheError: The cache cannot be written, or the memory is full.
             ModelError: The encoders cannot be opened.
         """
-        by_key = self._by_key(sorted(set(captions)))
+        by_key = self._by_key(sorted({caption for each in captions.values() for caption in each}))
         missing = set(self._store.missing(list(by_key)))
         if not missing:
             nothing_to_encode(STAGE, len(by_key), bus)
             return
+        new = {by_key[key] for key in missing}
+        self._tell_cut({title: sorted(new.intersection(c)) for title, c in captions.items()}, bus)
         encoders = self._encode({key: by_key[key] for key in by_key if key in missing}, bus)
         release_memory(self._place.device, encoders)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept."""
+        return self._store.folder
+
+    def keys(self, captions: Iterable[str]) -> set[bytes]:
+        """The entries of captions."""
+        return {self._key(caption) for caption in captions}
 
     def embeds(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """The conditioning of B captions by the pipeline's argument names, [B, …], on the CPU.
@@ -84,16 +101,17 @@ class TextCache:
                 self._store.read_into(row, {name: tensor[i] for name, tensor in batch.items()})
         return batch
 
+    def _tell_cut(self, captions: Mapping[str, Sequence[str]], bus: Bus) -> None:
+        """Say once, before they are encoded, which captions the encoders see only in part."""
+        tokenizers = self._family.open_tokenizers()
+        for title, texts in captions.items():
+            for cut in cut_captions(self._family, tokenizers, texts):
+                bus.notice(cut.told(title, len(texts)), "warning" if cut.lost else "info")
+
     def _encode(self, captions: dict[bytes, str], bus: Bus) -> list[ref[torch.nn.Module]]:
         """Encode `captions`; returns the encoders, which were let go."""
         keys = list(captions)
         pipe = self._family.open_text(self._place)
-        if cut := self._family.cut(pipe, list(captions.values())):
-            bus.notice(
-                f"{len(cut)} of {len(captions)} captions are longer than the text encoders see;"
-                f" what comes after is not learned, for example of {cut[0][:60]!r}",
-                "warning",
-            )
         with EncodingStage(STAGE, len(keys), bus, _FIX) as stage:
             for start in range(0, len(keys), self._batch_size):
                 group = keys[start : start + self._batch_size]

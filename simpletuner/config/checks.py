@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.adapters.export import lora_file
-from simpletuner.config.flat import SETTINGS, build_section, settings_of
+from simpletuner.config.flat import SETTINGS, problems_inside
 from simpletuner.config.read import SECRET, looks_secret
 from simpletuner.config.source import Given
 from simpletuner.core.errors import ConfigError, Problem, did_you_mean
@@ -270,15 +270,7 @@ def options_of_row(run: Proposal) -> Iterator[Problem]:
 
 def _wrong_options(run: Proposal, key: str, row: Row) -> Iterator[Problem]:
     assert row.options is not None
-    given, known = run.given[key], settings_of(row.options)
-    values: Mapping[str, Any] = run.values[key]
-    for name in values:
-        if name not in known:
-            near = did_you_mean(name, known) or f"; it has {', '.join(known)}"
-            yield given.problem(f"{row.name} has no such option{near}", inside=(name,))
-    inner = {name: given.part(name) for name in values if name in known}
-    usable = {name: value for name, value in values.items() if name in known}
-    yield from build_section(row.options, usable, inner)[1]
+    yield from problems_inside(row.options, run.values[key], run.given[key], row.name)
 
 
 def no_secrets(run: Proposal) -> Iterator[Problem]:

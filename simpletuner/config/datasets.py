@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from simpletuner.cache.settings import CacheSettings
+from simpletuner.config.caption_filters import read_filters
+from simpletuner.config.conditioning import Read, idle_keys, mask_of, unfit
 from simpletuner.config.flat import (
     Setting,
     build_section,
@@ -23,6 +26,8 @@ from simpletuner.config.renames import DATASET_RENAMES
 from simpletuner.config.source import Given, read_text, shown
 from simpletuner.config.values import read_value
 from simpletuner.core.errors import ConfigError, Problem
+from simpletuner.core.section import inner_section
+from simpletuner.data.draw_settings import gaps
 from simpletuner.data.settings import (
     Datasets,
     DatasetSettings,
@@ -30,7 +35,9 @@ from simpletuner.data.settings import (
     EntrySettings,
     TextEmbedsSettings,
     contradictions,
+    each_resolution,
     inherit,
+    inherit_filters,
     inherit_text_embeds,
 )
 
@@ -50,6 +57,7 @@ class Surroundings:
         output_dir: Of the run.
         environ: The environment variables.
         cwd: What relative paths start from.
+        seed: Of the run.
         example: The folder of the shipped example that the file belongs to.
     """
 
@@ -60,6 +68,7 @@ class Surroundings:
     output_dir: Path
     environ: Mapping[str, str]
     cwd: Path
+    seed: int
     example: Path | None = None
 
 
@@ -70,11 +79,17 @@ class DatasetsFile:
     Args:
         path: The file.
         name: What messages call it.
+        pictures: The entries that are trained on.
+        training: The same, one for each resolution of a list.
+        masks: By the id of one of `training`.
     """
 
     path: Path
     name: str
+    pictures: list[Read] = field(default_factory=list)
     training: list[DatasetSettings] = field(default_factory=list)
+    conditioning: list[Read] = field(default_factory=list)
+    masks: dict[str, DatasetSettings] = field(default_factory=dict)
     text_embeds: list[tuple[TextEmbedsSettings, Mapping[str, Given]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -103,9 +118,12 @@ def read_datasets(path: Path, around: Surroundings) -> tuple[DatasetsFile, Datas
         found.problems += error.problems
         return found, None
     enabled = [entry for entry in entries if not _is_disabled(entry)]
-    for entry in enabled:
+    for entry in sorted(enabled, key=_is_primary):  # what pictures may name comes first
         _read_entry(entry, found, around)
     _check_ids(enabled, found)
+    _check_sizes(enabled, found)
+    if not found.problems:  # an entry that could not be read is missing for another reason
+        _check_learning(found, around)
     if not found.problems and not found.training:
         off = " that is not disabled" if len(enabled) < len(entries) else ""
         found.problem(f"no dataset of pictures{off}; one entry needs an instance_data_dir")
@@ -113,7 +131,8 @@ def read_datasets(path: Path, around: Surroundings) -> tuple[DatasetsFile, Datas
     _check_folders(found, text_embeds)
     if found.problems:
         return found, None
-    return found, Datasets(tuple(found.training), text_embeds)
+    training = tuple(inherit_filters(entry, text_embeds) for entry in found.training)
+    return found, Datasets(training, text_embeds, found.masks)
 
 
 def _entries(tree: Any, name: str) -> Iterator[Entry]:
@@ -151,6 +170,10 @@ def _is_disabled(entry: Entry) -> bool:
     return _value_of(entry, "disabled") is True
 
 
+def _is_primary(entry: Entry) -> bool:
+    return not _value_of(entry, "conditioning_type")
+
+
 def _read_entry(entry: Entry, found: DatasetsFile, around: Surroundings) -> None:
     """Add what one entry says to `found`."""
     for_text = _value_of(entry, "dataset_type") == "text_embeds"
@@ -162,14 +185,24 @@ def _read_entry(entry: Entry, found: DatasetsFile, around: Surroundings) -> None
         if looks_secret(item.value)
     ]
     values = read_values(given, known, found.notes)
-    _fill(values, given, known, found, around)
+    names = {"output_dir": str(around.output_dir), "id": str(values.get("id", ""))}
+    if around.model_family:
+        names["model_family"] = around.model_family
+    _fill(values, given, known, names, found, around)
     section: type[EntrySettings] = TextEmbedsSettings if for_text else DatasetSettings
     built, problems = build_section(section, values, given)
     found.problems += [_placed(problem, entry, found.name) for problem in problems]
     found.pending += waiting([built], given)
+    if isinstance(built, TextEmbedsSettings | DatasetSettings) and built.caption_filter_list:
+        subject = given["caption_filter_list"]
+        lines, wrong = read_filters(built.caption_filter_list, subject, around.cwd)
+        built = built.model_copy(update={"caption_filter_list": lines})
+        found.problems += wrong
     if isinstance(built, TextEmbedsSettings):
         found.text_embeds.append((built, given))
-    elif isinstance(built, DatasetSettings):
+    elif isinstance(built, DatasetSettings) and built.role == "conditioning":
+        _add_conditioning(built, given, values, found, around)
+    elif isinstance(built, DatasetSettings) and built.role == "image":
         _add_pictures(built, entry, given, found, around)
 
 
@@ -184,15 +217,18 @@ def _fill(
     values: dict[str, Any],
     given: Mapping[str, Given],
     known: Mapping[str, Setting],
+    names: Mapping[str, str],
     found: DatasetsFile,
     around: Surroundings,
 ) -> None:
-    """Fill placeholders in, and put paths where they start from."""
-    names = {"output_dir": str(around.output_dir), "id": str(values.get("id", ""))}
-    if around.model_family:
-        names["model_family"] = around.model_family
+    """Fill placeholders in, and put paths where they start from; in sections inside too."""
     for key, value in values.items():
-        if not isinstance(value, str):
+        inner = inner_section(known[key].field) if key in known else None
+        if inner and isinstance(value, Mapping):
+            inside = values[key] = dict(value)
+            parts = {name: given[key].part(name) for name in inside}
+            _fill(inside, parts, settings_of(inner), names, found, around)
+        if key not in known or not isinstance(value, str):
             continue
         text, missing = fill(value, names if key != "id" else {}, around.environ)
         for name in missing:
@@ -219,17 +255,49 @@ def _add_pictures(
         vae_cache_disable=cache.vae_cache_disable,
         vae_batch_size=cache.vae_batch_size,
         write_batch_size=cache.write_batch_size,
+        seed=around.seed,
     )
-    for key, message in contradictions(dataset):
+    sizes = each_resolution(dataset)
+    # What is wrong with several of them alike is said once.
+    for key, message in dict.fromkeys(said for each in sizes for said in contradictions(each)):
         subject = given.get(key) or around.given.get(key)
         if subject:
             found.problems.append(subject.problem(message))
         else:
             found.problem(f"(entry {entry.number}) {message}", entry.line, key)
+    _note_missing_folder(dataset, found, around)
+    found.pictures.append(Read(dataset, given))
+    found.training += sizes
+    if (mask := mask_of(built, found.conditioning)) is not None:
+        found.masks |= {each.id: mask for each in sizes}
+
+
+def _add_conditioning(
+    built: DatasetSettings,
+    given: Mapping[str, Given],
+    values: Mapping[str, Any],
+    found: DatasetsFile,
+    around: Surroundings,
+) -> None:
+    """Add a set that goes with the pictures of another."""
+    _note_missing_folder(built, found, around)
+    if idle := idle_keys(values):
+        found.notes.append(
+            f"dataset {built.id}: {', '.join(idle)} change nothing, for its pictures are treated"
+            " as those they belong to"
+        )
+    found.conditioning.append(Read(built, given))
+
+
+def _note_missing_folder(
+    dataset: DatasetSettings, found: DatasetsFile, around: Surroundings
+) -> None:
     folder = dataset.instance_data_dir
     if folder is not None and not folder.is_dir():
         found.notes.append(f"dataset {dataset.id}: {shown(folder, around.cwd)} does not exist yet")
-    found.training.append(dataset)
+    table = dataset.table_path
+    if table is not None and not table.is_file():
+        found.notes.append(f"dataset {dataset.id}: {shown(table, around.cwd)} does not exist yet")
 
 
 def _check_ids(entries: Iterable[Entry], found: DatasetsFile) -> None:
@@ -244,6 +312,38 @@ def _check_ids(entries: Iterable[Entry], found: DatasetsFile) -> None:
                 found.problems.append(
                     item.problem(f"{item.value!r} is the id of the entry on line {first.line} too")
                 )
+
+
+def _check_sizes(entries: Iterable[Entry], found: DatasetsFile) -> None:
+    """No dataset that stands for one of several resolutions has the id of another."""
+    given = Counter(_value_of(entry, "id") for entry in entries)
+    made = Counter(dataset.id for dataset in found.training)
+    made.update(text.id for text, _ in found.text_embeds)
+    made.update(each.id for each in found.conditioning)
+    for name, count in made.items():
+        if count > max(given[name], 1):
+            found.problem(
+                f"{count} datasets have the id {name!r}, for a list of resolutions makes one of"
+                " each with its value at the end; rename an entry, or list each value once",
+                key="id",
+            )
+
+
+def _check_learning(found: DatasetsFile, around: Surroundings) -> None:
+    """Every conditioning set belongs to pictures, and some pictures teach something."""
+    found.problems += unfit(found.pictures, found.conditioning)
+    only_kept = all(each.is_regularisation_data for each in found.training)
+    if found.training and only_kept and "init_lora" not in around.given:
+        found.problem(
+            "holds in every dataset of pictures, so nothing would be learned; leave it out of one",
+            key="is_regularisation_data",
+        )
+
+
+def check_draws(found: DatasetsFile, *, epochs: int, steps: int) -> None:
+    """Some dataset is drawn from all through a run of so many epochs, or else steps."""
+    for key, message in gaps(found.training, epochs=epochs, steps=steps):
+        found.problem(message, key=key)
 
 
 def _choose_text_embeds(found: DatasetsFile, around: Surroundings) -> TextEmbedsSettings:

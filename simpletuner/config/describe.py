@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from simpletuner.config.flat import Setting, settings_of
+from simpletuner.core.section import inner_section
 from simpletuner.core.table import Table
 from simpletuner.data.settings import DatasetSettings, TextEmbedsSettings
 
@@ -129,4 +130,15 @@ def table_rows(row: Described) -> Iterator[tuple[str, str]]:
 
 def dataset_settings() -> dict[str, Setting]:
     """The keys of an entry of ``multidatabackend.json``, pictures' first."""
-    return {**settings_of(TextEmbedsSettings), **settings_of(DatasetSettings)}
+    return with_inner({**settings_of(TextEmbedsSettings), **settings_of(DatasetSettings)})
+
+
+def with_inner(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """`settings`, each followed by the keys of the object it takes, as ``key.inner``."""
+    found: dict[str, Setting] = {}
+    for key, setting in settings.items():
+        found[key] = setting
+        if inner := inner_section(setting.field):
+            for name, each in settings_of(inner).items():
+                found[f"{key}.{name}"] = replace(each, key=f"{key}.{name}")
+    return found

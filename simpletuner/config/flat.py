@@ -20,7 +20,7 @@ from simpletuner.config.unsupported import UNSUPPORTED, asks_nothing
 from simpletuner.config.values import Kind, is_absent, kind_of, read_value
 from simpletuner.config.wording import explain
 from simpletuner.core.errors import Problem, did_you_mean
-from simpletuner.core.section import Hint, Section, hint_of, is_pending
+from simpletuner.core.section import Hint, Section, hint_of, inner_section, is_pending
 
 KEEPS_EMPTY = frozenset({"validation_negative_prompt", "resume_from_checkpoint"})
 """Settings whose empty text is a value; everywhere else it leaves the default."""
@@ -165,6 +165,44 @@ def build_section(
         None instead of the section where not even the usable values make one.
     """
     known = settings_of(section)
+    inside = {
+        key: list(problems_inside(inner, value, given[key]))
+        for key, value in values.items()
+        if isinstance(value, Mapping) and (inner := inner_section(known[key].field))
+    }
+    values = {key: value for key, value in values.items() if not inside.get(key)}
+    built, problems = _built(section, known, values, given, file)
+    return built, [*(each for found in inside.values() for each in found), *problems]
+
+
+def problems_inside(
+    section: type[Section], values: Mapping[str, Any], given: Given, title: str = ""
+) -> Iterator[Problem]:
+    """What is wrong with an object that is read as a section.
+
+    Args:
+        section: As which it is read.
+        values: The object.
+        given: The setting it is the value of.
+        title: Whose settings these are, if that is not the setting itself.
+    """
+    known = settings_of(section)
+    for name in values:
+        if name not in known:
+            near = did_you_mean(name, known) or f"; it has {', '.join(known)}"
+            yield given.problem(f"{title or given.key} has no such option{near}", inside=(name,))
+    usable = {name: value for name, value in values.items() if name in known}
+    yield from build_section(section, usable, {name: given.part(name) for name in usable})[1]
+
+
+def _built(
+    section: type[SectionT],
+    known: Mapping[str, Setting],
+    values: Mapping[str, Any],
+    given: Mapping[str, Given],
+    file: str | None,
+) -> tuple[SectionT | None, list[Problem]]:
+    """`section` of values that have no section inside, or a sound one."""
     problems: dict[str, Problem] = {}
     for key, value in values.items():
         if sentence := _slip(value, known[key]):

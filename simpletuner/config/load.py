@@ -10,7 +10,7 @@ from typing import Any
 
 from simpletuner.cache.settings import CacheSettings
 from simpletuner.config.checks import Proposal, contradictions
-from simpletuner.config.datasets import DatasetsFile, Surroundings, read_datasets
+from simpletuner.config.datasets import DatasetsFile, Surroundings, check_draws, read_datasets
 from simpletuner.config.find import Place, Selectors, examples_folder, find_settings, shipped_folder
 from simpletuner.config.flat import (
     SETTINGS,
@@ -177,9 +177,14 @@ class _Loading:
             output_dir=output_dir,
             environ=self.environ,
             cwd=self.cwd,
+            seed=values["seed"],
             example=place.example,
         )
         found, datasets = read_datasets(path, around)
+        if datasets is not None and built["schedule"] is not None:
+            check_draws(
+                found, epochs=values["num_train_epochs"], steps=values["max_train_steps"] or 0
+            )
         self.problems += found.problems
         return found, datasets
 

@@ -31,6 +31,7 @@ RENAMES = MappingProxyType(
 
 DATASET_RENAMES = MappingProxyType(
     {
+        "dataset_base_path": "instance_data_dir",
         "disable": "disabled",
         "instance_data_root": "instance_data_dir",
         "is_regularization_data": "is_regularisation_data",

@@ -10,6 +10,7 @@ from simpletuner.config.describe import described, limits, plain_default
 from simpletuner.config.flat import SETTINGS, Setting, settings_of
 from simpletuner.config.renames import DATASET_RENAMES, RENAMES
 from simpletuner.config.values import Kind
+from simpletuner.core.section import inner_section
 from simpletuner.data.settings import DatasetSettings, EntrySettings, TextEmbedsSettings
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -101,6 +102,8 @@ def setting_schema(setting: Setting) -> dict[str, Any]:
     if not setting.field.is_required() and default is not None:
         schema["default"] = default
     forms = _forms(setting.kind, _limits(setting))
+    if inner := inner_section(setting.field):
+        forms = [_object(settings_of(inner), {}), {"type": "string"}]
     if setting.hint.table is not None:
         forms = [{"enum": list(setting.hint.table)}, {"type": "string"}]
     if not setting.field.is_required():

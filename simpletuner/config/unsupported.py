@@ -202,7 +202,8 @@ _GROUPS = (
         """
         aspect_bucket_disable_rebuild=false cache_file_suffix hash_filenames=true
         metadata_update_interval=3600 preserve_data_backend_cache=false
-        text_embed_full_cache=false vae_cache_scan_behaviour=recreate
+        text_embed_full_cache=false vae_cache_clear_each_epoch=false
+        vae_cache_scan_behaviour=recreate
         """,
     ),
     (

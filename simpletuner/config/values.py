@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from simpletuner.config.flags import FALSE_WORDS, TRUE_WORDS
 from simpletuner.config.source import Given
+from simpletuner.core.section import Section
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def kind_of(annotation: Any) -> Kind:
 def _plain(annotation: Any) -> Kind:
     if annotation is bool:
         return Kind(switch=True)
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return Kind(mapping=True)
     if annotation is int:
         return Kind(whole=True)
     if annotation is float:
@@ -155,7 +158,9 @@ def _read_text(text: str, kind: Kind) -> Any:
     if text[:1] in "[{" and (kind.items or kind.mapping):
         return _json(text)
     if kind.items and not kind.text and (kind.items.text or kind.items.number):
-        return [_read_text(part.strip(), kind.items) for part in text.split(",") if part.strip()]
+        items = [_read_text(part.strip(), kind.items) for part in text.split(",") if part.strip()]
+        # Words are no list of numbers, not even a wrong one.
+        return items if kind.items.text or not any(isinstance(i, str) for i in items) else text
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -76,6 +76,14 @@ def hint_of(field: FieldInfo) -> Hint:
     extra = field.json_schema_extra
     hint = extra.get("hint") if isinstance(extra, dict) else None
     return hint if isinstance(hint, Hint) else Hint()
+
+
+def inner_section(field: FieldInfo) -> type[Section] | None:
+    """The section that an object given for `field` is read as; None where it takes none."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
 
 
 def is_pending(field: FieldInfo, value: object) -> bool:

@@ -60,6 +60,8 @@ class Sample:
         caption: As drawn: after choice among variants, prefix and dropout (``""`` when dropped).
         geometry: What was done to the picture.
         occurrence: The how-manieth time this sample is drawn in this epoch, from 0.
+        masked: Its mask is applied to its loss.
+        regularises: It is trained towards what the untouched base model says of it.
     """
 
     id: str
@@ -68,6 +70,8 @@ class Sample:
     caption: str
     geometry: Geometry
     occurrence: int = 0
+    masked: bool = False
+    regularises: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Batch:
         latents: [B, C, *S] fp32, scaled as the denoiser expects them.
         embeds: Text conditioning of the B captions.
         samples: The B draws.
-        mask: [B, 1, *S] in 0..1, or None.
+        mask: [B, 1, *S] fp32 in 0..1, a factor on the loss of each cell; None for 1.
         references: Reference latents of edit models.
         controls: Control inputs by the denoiser's own argument names.
     """
@@ -110,6 +114,11 @@ class Batch:
     mask: Tensor | None = None
     references: tuple[Tensor, ...] = ()
     controls: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def regularises(self) -> bool:
+        """Its target is the base model's own prediction; a batch is of one dataset."""
+        return any(sample.regularises for sample in self.samples)
 
     def pinned(self) -> Batch:
         """The batch in memory a CUDA device can copy from while the CPU goes on."""
@@ -125,7 +134,8 @@ class Batch:
             name: tuple(change(v) for v in value) if isinstance(value, tuple) else change(value)
             for name, value in self.embeds.items()
         }
-        return replace(self, latents=change(self.latents), embeds=embeds)
+        mask = None if self.mask is None else change(self.mask)
+        return replace(self, latents=change(self.latents), embeds=embeds, mask=mask)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -178,7 +188,8 @@ class PlannedBatch:
         weights: 1.0 for a real sample, 0.0 for a ghost that only keeps shapes equal across ranks.
         positions: Place of each sample in the whole window of all ranks, 0 … window_samples − 1.
         window_samples: Real samples in the whole window: what the loss sum is divided by.
-        epoch: 0-based epoch.
+        epoch: What its draws are keyed by: no draw of a dataset comes twice in one. Counts from 0
+            with the run's epochs, also with those cut short, or under mix with the dataset's own.
     """
 
     source: int

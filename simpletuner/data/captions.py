@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from unicodedata import normalize
 
 from simpletuner.core.table import Row, Table
+from simpletuner.data.caption_edits import CaptionFilter, TagShuffle, Trigger, surrounded
+
+SEPARATOR = "\x1e"
+"""Stands between the captions that a row of a table has, in the one text that is kept of them."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,8 @@ class CaptionSource:
 
     Args:
         path: The picture's path inside its dataset.
-        text: What stands in the text file beside it, None without one.
+        text: What its text file or its row in the table says, or the default caption; None
+            without any.
         prompts: The dataset's instance prompts.
         multiline: Each line of a text is a caption of its own.
     """
@@ -41,6 +47,11 @@ def from_textfile(source: CaptionSource) -> tuple[str, ...]:
     return lines or ("",)
 
 
+def from_table(source: CaptionSource) -> tuple[str, ...]:
+    """What the picture's row says; a line feed is part of a caption."""
+    return tuple((source.text or "").split(SEPARATOR))
+
+
 def from_instance_prompt(source: CaptionSource) -> tuple[str, ...]:
     """The instance prompts, as alternatives."""
     return source.prompts
@@ -62,8 +73,20 @@ CAPTION_STRATEGIES = Table(
             "The instance prompt for every picture.",
             facts={"is_prompt": True},
         ),
-        Row("parquet", None, "A column of a Parquet table."),
-        Row("csv", None, "A column of a CSV table."),
+        *(
+            Row(
+                name,
+                from_table,
+                f"A column of the dataset's table, a {title} one or of another format.",
+                facts={"reads_table": True},
+            )
+            for name, title in (
+                ("parquet", "Parquet"),
+                ("csv", "CSV"),
+                ("json", "JSON"),
+                ("jsonl", "JSON lines"),
+            )
+        ),
         Row("huggingface", None, "A column of a dataset on the Hugging Face hub."),
         Row("webshart", None, "The captions inside tar shards."),
     ),
@@ -80,32 +103,86 @@ class CaptionRule:
         prompts: Instance prompts.
         prepend: Put an instance prompt and a blank before every caption.
         multiline: Each line of a text is a caption of its own.
+        default: The text of pictures that have none.
+        filters: Applied to each caption as it was read, one after the other.
+        shuffle: Makes several captions of one; what stands before and after stays there.
+        prefix: Stands before every caption.
+        suffix: Stands after every caption.
+        trigger: Put in last, so that it may stand in prompts, prefix and suffix too.
     """
 
     strategy: Row
     prompts: tuple[str, ...] = ()
     prepend: bool = False
     multiline: bool = True
+    default: str | None = None
+    filters: tuple[CaptionFilter, ...] = ()
+    shuffle: TagShuffle | None = None
+    prefix: str = ""
+    suffix: str = ""
+    trigger: Trigger | None = None
 
     @property
     def reads_text(self) -> bool:
-        """True if every picture needs a text file beside it."""
+        """True if pictures have text files beside them."""
         return bool(self.strategy.fact("reads_text", False))
+
+    @property
+    def prompts_alone(self) -> bool:
+        """True if every picture has the same captions."""
+        return bool(self.strategy.fact("is_prompt", False))
+
+    @property
+    def reads_table(self) -> bool:
+        """True if captions stand in the dataset's table."""
+        return bool(self.strategy.fact("reads_table", False))
+
+    @property
+    def has_texts(self) -> bool:
+        """True if each picture has a text of its own."""
+        return self.reads_text or self.reads_table
+
+    @property
+    def needs_text(self) -> bool:
+        """True if a picture without a text of its own has no caption."""
+        return self.has_texts and self.default is None
 
     def captions(self, path: str, text: str | None) -> tuple[str, ...]:
         """The alternatives for one picture, at least one, each once, in a stable order."""
+        text = self.default if text is None else text
         source = CaptionSource(path, text, self.prompts, self.multiline)
-        made: tuple[str, ...] = self.strategy.load()(source)
+        made: Iterable[str] = self.strategy.load()(source)
+        if self.filters:
+            # A line of which nothing is left is no alternative, unless it was the only one.
+            made = [each for each in map(self._filtered, made) if each] or [""]
+        if self.shuffle:
+            made = [variant for caption in made for variant in self.shuffle(caption)]
         if self.prepend:
-            made = tuple(
-                f"{prompt} {caption}".strip() for prompt in self.prompts for caption in made
-            )
+            made = [f"{prompt} {caption}".strip() for prompt in self.prompts for caption in made]
+        if self.prefix or self.suffix:
+            made = [surrounded(self.prefix, caption, self.suffix) for caption in made]
+        if self.trigger:
+            made = map(self.trigger, made)
         return tuple(dict.fromkeys(made))
+
+    def _filtered(self, caption: str) -> str:
+        for each in self.filters:
+            caption = each(caption)
+        return caption.strip()
 
 
 def text_key(path: str) -> str:
     """The path of the text file that belongs to the picture at `path`."""
     return str(PurePosixPath(path).with_suffix(".txt"))
+
+
+def folder_text_key(path: str) -> str:
+    """The path of the text file that holds for all pictures of a folder without one of their own.
+
+    Args:
+        path: Of a picture or a text file in that folder.
+    """
+    return str(PurePosixPath(path).with_name("default.txt"))
 
 
 def clean(text: str) -> str:

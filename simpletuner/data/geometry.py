@@ -15,7 +15,9 @@ from simpletuner.core.types import Geometry
 from simpletuner.data.buckets import group
 
 Sizes = NDArray[np.int64]
+Keys = NDArray[np.uint64]
 Flags = NDArray[np.bool_]
+Numbers = NDArray[np.float64]
 
 MILLION = 1_000_000
 
@@ -26,30 +28,61 @@ class Measure:
 
     Args:
         unit: ``pixel``: the shorter edge in px; ``area``: megapixels (10⁶ px);
-            ``pixel_area``: the edge in px of the square that has the area.
+            ``pixel_area``: the edge in px of the square that has the area; ``max_pixels``: px,
+            and what is asked for is a limit that smaller pictures are not brought up to.
     """
 
     unit: str
 
-    def of(self, sizes: Sizes) -> NDArray[np.float64]:
+    def of(self, sizes: Sizes) -> Numbers:
         """The measure of each size, comparable with `limit`: an edge or an area in px."""
         short = sizes.min(axis=1) if self.unit == "pixel" else sizes[:, 0] * sizes[:, 1]
         return short.astype(np.float64)
 
     def limit(self, value: float) -> float:
         """`value` in what `of` returns."""
-        if self.unit == "pixel":
-            return value
-        return value * MILLION if self.unit == "area" else value * value
+        factor = {"area": MILLION, "pixel_area": value}.get(self.unit, 1)
+        return value * factor
 
     def edge(self, value: float) -> int:
         """The edge in px of a square of this measure, not aligned."""
-        return math.isqrt(round(value * MILLION)) if self.unit == "area" else math.floor(value)
+        if self.unit in ("pixel", "pixel_area"):
+            return math.floor(value)
+        return math.isqrt(round(self.limit(value)))
 
-    def scale(self, sizes: Sizes, value: float) -> NDArray[np.float64]:
+    def scale(self, sizes: Sizes, value: float) -> Numbers:
         """The factor on both edges that brings each size to `value`."""
         ratio = self.limit(value) / self.of(sizes)
         return ratio if self.unit == "pixel" else np.sqrt(ratio)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes that are cut out of pictures.
+
+    Args:
+        ratios: Width over height of each, ascending.
+        weights: How often each is drawn beside the others; without them the nearest is taken.
+    """
+
+    ratios: tuple[float, ...]
+    weights: tuple[float, ...] = ()
+
+    def of(self, sizes: Sizes, keys: Keys) -> Numbers:
+        """The shape of each picture, [n]: the nearest by its ratio, or drawn by its key."""
+        ratios = np.array(self.ratios)
+        if self.weights:
+            shares = np.cumsum(self.weights) / sum(self.weights)
+            drawn = (keys >> np.uint64(11)) * 2.0**-53
+            chosen = np.searchsorted(shares[:-1], drawn, side="right")
+        else:
+            # Two shapes are equally near at their geometric mean.
+            chosen = np.searchsorted(np.sqrt(ratios[1:] * ratios[:-1]), sizes[:, 0] / sizes[:, 1])
+        shapes: Numbers = ratios[chosen]
+        return shapes
+
+
+SQUARE = Shapes((1.0,))
 
 
 @dataclass(frozen=True)
@@ -62,7 +95,7 @@ class GeometryRule:
         alignment: Edges are multiples of it, in px.
         rounding: Decimals the aspect ratio is rounded to before sizes are computed.
         crop: Cut out of the picture, where False only trims what alignment leaves over.
-        square: The cut is a square instead of the picture's own shape.
+        shapes: What is cut out; None for the picture's own shape.
         style: Where the box lies: ``center``, ``corner`` (top left) or ``random``.
         maximum: Pictures above this size are brought down to `downsample` before a crop; the rest
             are not touched by it. None turns it off.
@@ -74,19 +107,30 @@ class GeometryRule:
     alignment: int = 64
     rounding: int = 2
     crop: bool = False
-    square: bool = False
+    shapes: Shapes | None = None
     style: str = "center"
     maximum: float | None = None
     downsample: float | None = None
 
-    def targets(self, sizes: Sizes) -> Sizes:
-        """The size of each picture's crop, [n, 2]: what a bucket is."""
-        if self.crop and self.square:
-            edge = self._aligned(np.array([self.measure.edge(self.resolution)]))[0]
-            return np.full_like(sizes, edge)
+    def targets(self, sizes: Sizes, keys: Keys) -> Sizes:
+        """The size of each picture's crop, [n, 2]: what a bucket is.
+
+        Args:
+            sizes: The oriented size of each file.
+            keys: [n] 64 random bits of each picture; only shapes with weights look at them.
+        """
+        if self.crop and self.shapes is not None:
+            return self._edges(self.shapes.of(sizes, keys), sizes)
         distinct, back = group(sizes)
-        ratios = self._ratios(distinct)
+        exact = self.measure.unit == "max_pixels"
+        ratios = distinct[:, 0] / distinct[:, 1] if exact else self._ratios(distinct)
+        return self._edges(ratios, distinct)[back]
+
+    def _edges(self, ratios: Numbers, sizes: Sizes) -> Sizes:
+        """The size that each ratio has at the resolution, in whole alignments."""
         edge = self.measure.edge(self.resolution)
+        if self.measure.unit == "max_pixels":
+            return self._inside(ratios, sizes)
         if self.measure.unit == "pixel":
             # The product's decimals are cut, not rounded: 0.1 px never decides an edge.
             wide = np.where(ratios >= 1, np.floor(edge * ratios), edge)
@@ -94,8 +138,17 @@ class GeometryRule:
         else:
             base = float(self._aligned(np.array([edge]))[0])
             wide, high = base * np.sqrt(ratios), base / np.sqrt(ratios)
-        made = np.stack((self._aligned(wide), self._aligned(high)), axis=1)
-        return made[back]
+        return np.stack((self._aligned(wide), self._aligned(high)), axis=1)
+
+    def _inside(self, ratios: Numbers, sizes: Sizes) -> Sizes:
+        """The largest size of each ratio within its picture and the area, cut to alignments."""
+        wide = np.minimum(sizes[:, 0], sizes[:, 1] * ratios)
+        shrink = np.minimum(np.sqrt(self.measure.limit(self.resolution) * ratios) / wide, 1.0)
+        edges = np.stack((wide, wide / ratios), axis=1) * shrink[:, None]
+        # What is a multiple up to the last bits of a float is one.
+        steps = np.floor(edges / self.alignment + 1e-9).astype(np.int64)
+        inside: Sizes = np.maximum(steps, 1) * self.alignment
+        return inside
 
     def resizes(self, sizes: Sizes, targets: Sizes) -> Sizes:
         """The size of each picture after its one resize, [n, 2]: it covers its target.
@@ -112,9 +165,9 @@ class GeometryRule:
         return np.maximum(scaled, targets)
 
     @staticmethod
-    def cover_scale(sizes: Sizes, targets: Sizes) -> NDArray[np.float64]:
+    def cover_scale(sizes: Sizes, targets: Sizes) -> Numbers:
         """The smallest factor at which each picture covers its target; above 1 it is enlarged."""
-        factors: NDArray[np.float64] = (targets / sizes).max(axis=1)
+        factors: Numbers = (targets / sizes).max(axis=1)
         return factors
 
     def place(
@@ -142,7 +195,7 @@ class GeometryRule:
             offset = (0, 0)
         return Geometry(source=source, resize=resize, crop=(*offset, *target))
 
-    def _ratios(self, sizes: Sizes) -> NDArray[np.float64]:
+    def _ratios(self, sizes: Sizes) -> Numbers:
         # Python's round: numpy's multiplies first and can fall on the other side of a tie.
         least = 10.0**-self.rounding
         exact = (sizes[:, 0] / sizes[:, 1]).tolist()
@@ -157,13 +210,14 @@ class GeometryRule:
 
 @dataclass(frozen=True)
 class SizeFilter:
-    """Which pictures the user does not want, by their own size.
+    """Which pictures the user does not want, by their size.
 
     Args:
         minimum: Smaller pictures are left out; in `measure`.
         square: With an area, both edges must also reach the edge of a square of `minimum`.
         least_ratio: Width over height must be at least this.
         most_ratio: Width over height must be at most this.
+        most_enlarged: The share by which a picture may have to be enlarged.
     """
 
     measure: Measure
@@ -171,9 +225,15 @@ class SizeFilter:
     square: bool = False
     least_ratio: float | None = None
     most_ratio: float | None = None
+    most_enlarged: float | None = None
 
-    def left_out(self, sizes: Sizes) -> dict[str, Flags]:
-        """For each filter that is on: its name and who is left out by it, [n]."""
+    def left_out(self, sizes: Sizes, scales: Numbers) -> dict[str, Flags]:
+        """For each filter that is on: its name and who is left out by it, [n].
+
+        Args:
+            sizes: The oriented size of each file.
+            scales: The factor at which each covers its bucket.
+        """
         found: dict[str, Flags] = {}
         ratio = sizes[:, 0] / sizes[:, 1]
         if self.minimum:
@@ -185,4 +245,6 @@ class SizeFilter:
             found["minimum_aspect_ratio"] = ratio < self.least_ratio
         if self.most_ratio is not None:
             found["maximum_aspect_ratio"] = ratio > self.most_ratio
+        if self.most_enlarged is not None:
+            found["max_upscale_threshold"] = scales > 1 + self.most_enlarged + 1e-9
         return found

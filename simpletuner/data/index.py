@@ -21,12 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from simpletuner.core.errors import CacheError
+from simpletuner.core.errors import CacheError, DataError
 from simpletuner.core.events import Bus, Stage, StageProgress
 from simpletuner.core.files import write_through, writing
-from simpletuner.data.captions import decode_text, text_key
+from simpletuner.data.captions import decode_text, folder_text_key, text_key
+from simpletuner.data.pixels import PictureError
 from simpletuner.data.probe import probe
-from simpletuner.data.storage.base import Storage
+from simpletuner.data.storage.base import Storage, is_text
 
 FORMAT = b"1"
 FILE_COLUMNS = pa.schema(
@@ -66,6 +67,7 @@ UNSURE = -2
 """Stored as mtime_ns where the file must be looked at again next time."""
 
 NO_CAPTION = "no caption"
+NO_FILE = "there is no such file"
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,12 @@ class Index:
                 ),
             )
 
-    def scan(self, *, texts: bool) -> pa.Table:
+    def scan(self, *, texts: bool, told: Callable[[pa.Array], pa.Array] | None = None) -> pa.Table:
         """Bring the table up to date and save it.
 
         Args:
             texts: Every picture has a text file beside it.
+            told: The captions that so many paths have from elsewhere, null for none.
 
         Raises:
             DataError: The dataset cannot be listed.
@@ -138,21 +141,46 @@ class Index:
         with ThreadPoolExecutor(self.workers, thread_name_prefix="index") as pool:
             table, read = self._files(old, keys, pool)
             table = self._texts(table, pool) if texts else _without_texts(table)
+        if told is not None:
+            column = table.schema.get_field_index("caption")
+            captions = told(table["path"].combine_chunks())
+            table = table.set_column(column, COLUMNS.field("caption"), captions)
         if not table.equals(old):
             self.save(table)
         note = f"{len(table)} pictures, {read} new or changed"
         self._tell(Stage, "finished", done=read, total=read, note=note)
         return table
 
+    def read(self, path: str, content: str, where: str) -> bytes:
+        """The bytes of a file of the table.
+
+        Args:
+            path: In the storage.
+            content: Their digest in the table.
+            where: What messages call the file.
+
+        Raises:
+            PictureError: It cannot be read.
+            DataError: It is not the file that was indexed.
+        """
+        try:
+            data = self.storage.read(path)
+        except OSError as error:
+            raise PictureError(f"cannot be read: {error.strerror or error}", where) from error
+        if blake2b(data, digest_size=16).hexdigest() != content:
+            raise DataError(
+                f"{where} was changed after it was indexed",
+                fix="start again; if this comes back, touch the file and start again",
+            )
+        return data
+
     def _files(
         self, old: pa.Table, keys: list[str], pool: ThreadPoolExecutor
     ) -> tuple[pa.Table, int]:
         paths = pa.array(keys, pa.string())
         now = self._listing(keys, pool)
-        there = now.size >= 0
         same, at = _unchanged(old, paths, now)
-        same &= there
-        todo = np.flatnonzero(there & ~same)
+        todo = np.flatnonzero(~same)
         parts = [old.take(pa.array(at[same]))]
         self._tell(Stage, "running", total=len(todo))
         saved = time.monotonic()
@@ -170,13 +198,17 @@ class Index:
     def _look(self, known: tuple[str, int, int]) -> dict[str, Any]:
         """Read, hash and probe one file: a row without its text columns."""
         path, size, mtime_ns = known
-        row = {"path": path, "size": size, "mtime_ns": _settled(mtime_ns)}
         try:
             data = self.storage.read(path)
         except OSError as error:
             # A right that is given later does not change the file: look again next time.
-            reason = f"cannot be read: {error.strerror or error}"
-            return {**row, "mtime_ns": UNSURE, "status": "reject", "reason": reason}
+            gone = isinstance(error, FileNotFoundError)
+            reason = NO_FILE if gone else f"cannot be read: {error.strerror or error}"
+            unsure = {"path": path, "size": size, "mtime_ns": UNSURE}
+            return {**unsure, "status": "reject", "reason": reason}
+        if size == NO_FACTS and (facts := self.storage.facts(path)):  # reading has fetched it
+            size, mtime_ns = facts.size, facts.mtime_ns
+        row = {"path": path, "size": size, "mtime_ns": _settled(mtime_ns)}
         row["content"] = blake2b(data, digest_size=16).digest()
         found = probe(data)
         if isinstance(found, str):
@@ -186,7 +218,7 @@ class Index:
 
     def _texts(self, table: pa.Table, pool: ThreadPoolExecutor) -> pa.Table:
         keys = [text_key(path) for path in table["path"].to_pylist()]
-        now = self._listing(keys, pool)
+        keys, now = self._with_folder_texts(keys, self._listing(keys, pool), pool)
         there = now.size >= 0
         same = there & (now.size == _numbers(table["caption_size"]))
         same &= now.mtime_ns == _numbers(table["caption_mtime_ns"])
@@ -209,6 +241,28 @@ class Index:
             table = table.set_column(column, COLUMNS.field(name), texts[name])
         return table.combine_chunks()
 
+    def _with_folder_texts(
+        self, keys: list[str], now: _Listing, pool: ThreadPoolExecutor
+    ) -> tuple[list[str], _Listing]:
+        """The text of its folder for each picture without one of its own, where there is such."""
+        bare = np.flatnonzero(now.size < 0).tolist()
+        wanted = {row: folder_text_key(keys[row]) for row in bare}
+        shared = sorted(set(wanted.values()).difference(keys))  # else it belongs to one picture
+        facts = self._listing(shared, pool)
+        at = {key: i for i, key in enumerate(shared) if facts.size[i] >= 0}
+        found = [row for row in bare if wanted[row] in at]
+        if not found:
+            return keys, now
+        source = [at[wanted[row]] for row in found]
+        now.size[found], now.mtime_ns[found] = facts.size[source], facts.mtime_ns[source]
+        for row in found:
+            keys[row] = wanted[row]
+        self.bus.notice(
+            f"{self.storage.title}: pictures without a text file of their own that take the"
+            f" default.txt of their folder: {len(found)}"
+        )
+        return keys, now
+
     def _read_text(self, known: tuple[str, int, int]) -> tuple[dict[str, Any], str]:
         key, size, mtime_ns = known
         row = {"caption_size": size, "caption_mtime_ns": _settled(mtime_ns)}
@@ -224,7 +278,7 @@ class Index:
 
     def _nameable(self, keys: list[str]) -> list[str]:
         """The keys a table can hold: a name that is not UTF-8 is no text."""
-        named = [key for key in keys if key.isascii() or _is_text(key)]
+        named = [key for key in keys if is_text(key)]
         if len(named) < len(keys):
             odd = [repr(key) for key in set(keys).difference(named)]
             self._tell_some("left out, for their names are not UTF-8", sorted(odd))
@@ -259,13 +313,8 @@ def _unchanged(
         return np.zeros(len(paths), np.bool_), np.zeros(len(paths), np.int64)
     found = pc.index_in(paths, value_set=old["path"].combine_chunks())
     at = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    same = (at >= 0) & (_numbers(old["size"])[at] == now.size)
+    same = (at >= 0) & (now.size >= 0) & (_numbers(old["size"])[at] == now.size)
     return same & (_numbers(old["mtime_ns"])[at] == now.mtime_ns), at
-
-
-def _is_text(name: str) -> bool:
-    # A byte that is not UTF-8 comes out of the file system as a lone surrogate.
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _settled(mtime_ns: int) -> int:

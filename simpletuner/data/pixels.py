@@ -5,6 +5,7 @@ Letters: H W height and width of the crop.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from io import BytesIO
 
 import numpy as np
@@ -51,14 +52,27 @@ def decode(data: bytes, background: Colour) -> Image.Image:
     Raises:
         PictureError: It cannot be decoded.
     """
+    return _upright(data, lambda image: _flatten(image, background))
+
+
+def opacity(data: bytes) -> Image.Image:
+    """The alpha of the picture in `data`, upright; mode L, 255 throughout where it has none.
+
+    Raises:
+        PictureError: It cannot be decoded.
+    """
+    return _upright(data, lambda image: _split_alpha(image)[1] or Image.new("L", image.size, 255))
+
+
+def _upright(data: bytes, take: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with Image.open(BytesIO(data)) as image:
             orientation = orientation_of(image)
             image.load()
-            colours = _flatten(image, background)
+            taken = take(image)
     except UNREADABLE as error:
         raise PictureError(f"cannot be decoded: {error}") from error
-    return colours.transpose(TURNS[orientation]) if orientation in TURNS else colours
+    return taken.transpose(TURNS[orientation]) if orientation in TURNS else taken
 
 
 def render(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
@@ -76,9 +90,29 @@ def render(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
     """
     if image.size != geometry.source:
         raise PictureError(f"is {image.size} px, its header said {geometry.source}")
+    return _cut(image, geometry, Image.Resampling.LANCZOS)
+
+
+def render_mask(mask: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
+    """What `render` does to a picture, done to its mask, which may have another size.
+
+    Args:
+        mask: Mode L.
+        geometry: That of the picture.
+
+    Returns:
+        [H, W] uint8.
+    """
+    # Lanczos would ring: grey beside every edge of the mask.
+    if mask.size != geometry.source:
+        mask = mask.resize(geometry.source, Image.Resampling.BILINEAR)
+    return _cut(mask, geometry, Image.Resampling.BILINEAR)
+
+
+def _cut(image: Image.Image, geometry: Geometry, how: Image.Resampling) -> NDArray[np.uint8]:
     left, top, width, height = geometry.crop
     if image.size != geometry.resize:
-        image = image.resize(geometry.resize, Image.Resampling.LANCZOS)
+        image = image.resize(geometry.resize, how)
     image = image.crop((left, top, left + width, top + height))
     if geometry.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -2,90 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from simpletuner.core.files import safe_name
 from simpletuner.core.section import Section, setting
-from simpletuner.data.captions import CAPTION_STRATEGIES
-
-ResolutionType = Literal["pixel_area", "area", "pixel"]
-
-
-_OTHER_SPELLINGS = MappingProxyType(
-    {"instance_prompt": "instanceprompt", "centre": "center", "json": "discovery"}
+from simpletuner.data.caption_settings import (
+    CaptionSettings,
+    DatasetCaptionSettings,
+    caption_contradictions,
+)
+from simpletuner.data.draw_settings import DatasetDrawSettings, DrawSettings, draw_contradictions
+from simpletuner.data.learning_settings import (
+    DatasetLearningSettings,
+    LearningSettings,
+    learning_contradictions,
+)
+from simpletuner.data.size_settings import DatasetSizeSettings, SizeSettings, size_contradictions
+from simpletuner.data.table_settings import (
+    DatasetTableSettings,
+    TableSettings,
+    inherit_columns,
+    table_contradictions,
+    table_defaults,
 )
 
-
-def _one_spelling(value: object) -> object:
-    return _OTHER_SPELLINGS.get(value, value) if isinstance(value, str) else value
-
-
-CaptionStrategy = Annotated[str, BeforeValidator(_one_spelling)]
-CropStyle = Annotated[Literal["random", "center", "corner", "face"], BeforeValidator(_one_spelling)]
-MetadataBackend = Annotated[
-    Literal["discovery", "parquet", "huggingface", "webshart"], BeforeValidator(_one_spelling)
-]
 Storage = Literal["local", "aws", "csv", "huggingface", "webshart"]
 DatasetId = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")]
 
 
-class PictureSettings(Section):
+class PictureSettings(SizeSettings, CaptionSettings, LearningSettings):
     """What may be said once for all datasets and again for each of them."""
-
-    resolution: float = setting(1024.0, gt=0)
-    """The size pictures are trained at, in the unit of resolution_type; larger shows more detail
-    and costs memory and time by the square."""
-
-    resolution_type: ResolutionType = setting("pixel_area")
-    """The unit of sizes: pixel_area, the edge in px of a square with the same area; area,
-    megapixels (1 is 1,000,000 px); pixel, the shorter edge in px."""
-
-    minimum_image_size: float | None = setting(None, ge=0)
-    """Smaller pictures are left out; in the unit of resolution_type, 0 for no limit."""
-
-    maximum_image_size: float | None = setting(None, ge=0)
-    """Larger pictures are brought down to target_downsample_size before a crop; in the unit of
-    resolution_type, 0 for no limit."""
-
-    target_downsample_size: float | None = setting(None, ge=0)
-    """What pictures above maximum_image_size are brought down to before a crop, in the unit of
-    resolution_type; larger makes a crop show less of the picture."""
-
-    max_upscale_threshold: float | None = setting(None, pending=True, ge=0, le=1)
-    """Pictures that would have to be enlarged by more than this share are left out."""
-
-    aspect_bucket_alignment: int = setting(64, ge=8, le=256, multiple_of=8, unit="px")
-    """The edges of every bucket are multiples of this; smaller trims less off the pictures and
-    makes more buckets."""
-
-    aspect_bucket_rounding: int = setting(2, ge=1, le=9, unit="decimals")
-    """How finely aspect ratios are told apart; more decimals make more buckets."""
 
     image_background: str = setting("#ffffff", pattern=r"^#[0-9a-fA-F]{6}$")
     """The colour that shows through transparent pictures, as #rrggbb."""
-
-    caption_strategy: CaptionStrategy = setting("filename", table=CAPTION_STRATEGIES)
-    """Where captions come from."""
-
-    instance_prompt: str | tuple[str, ...] | None = setting(None)
-    """The caption of every picture under the strategy instanceprompt, or what is put before each
-    caption; of a list, each picture draws one at every visit."""
-
-    prepend_instance_prompt: bool = setting(False)
-    """Put instance_prompt and a blank before every caption."""
-
-    only_instance_prompt: bool = setting(False)
-    """Use instance_prompt alone as the caption, whatever the strategy is."""
-
-    caption_dropout_probability: float = setting(0.1, ge=0, le=1)
-    """The share of visits at which the caption is empty, so that guidance has something to push
-    away from; larger follows prompts less."""
 
     skip_file_discovery: str = setting("", pending=True)
     """Start-up stages that are not repeated (vae, aspect, metadata, text), with commas between;
@@ -99,34 +53,20 @@ class PictureSettings(Section):
     started."""
 
 
-class DataSettings(PictureSettings):
+class DataSettings(TableSettings, DrawSettings, PictureSettings):
     """What holds for every dataset that does not say otherwise."""
 
     data_backend_config: Path | None = setting(None, path=True)
     """The file that lists the datasets; without it, multidatabackend.json beside the settings
     file, in config/, or in output_dir."""
 
-    parquet_caption_column: str | None = setting(None, pending=True)
-    """The column of a Parquet table that holds captions."""
-
-    parquet_filename_column: str | None = setting(None, pending=True)
-    """The column of a Parquet table that holds file names."""
-
-    data_backend_sampling: Literal["auto-weighting", "uniform", "mix"] = setting(
-        "auto-weighting", pending=("uniform", "mix")
-    )
-    """How several datasets are mixed: auto-weighting in proportion to their sizes, so that an
-    epoch sees everything; uniform in equal shares; mix by each one's probability."""
-
-    disable_bucket_pruning: bool = setting(True, pending=True)
-    """Keep buckets that hold fewer pictures than a batch; false would leave them out."""
+    disable_bucket_pruning: bool = setting(True)
+    """Keep buckets that hold fewer pictures than a batch; false is rare_buckets drop, for datasets
+    whose rare_buckets is not given."""
 
     allow_dataset_oversubscription: bool = setting(False, pending=True)
     """Raise the repeats of datasets that are smaller than a batch; they train without it, in
     smaller batches."""
-
-    masked_loss_probability: float = setting(1.0, pending=True, ge=0, le=1)
-    """The share of visits at which a picture's mask is applied to its loss."""
 
     dataloader_prefetch: bool = setting(False, pending=True)
     """Read batches ahead of the step that needs them."""
@@ -144,20 +84,30 @@ class EntrySettings(Section):
     id: DatasetId = setting()
     """The dataset's name: it names its caches and must stay the same between runs."""
 
-    type: Storage = setting("local", pending=("aws", "csv", "huggingface", "webshart"))
-    """Where the files lie: local is a folder of this machine."""
+    type: Storage = setting("local", pending=("aws", "huggingface", "webshart"))
+    """Where the files lie: local, in a folder of this machine, or where its table says; csv, at the
+    web addresses in csv_file."""
 
     disabled: bool = setting(False)
     """Leave this entry out."""
 
 
-class DatasetSettings(PictureSettings, EntrySettings):
+class DatasetSettings(
+    DatasetDrawSettings,
+    DatasetSizeSettings,
+    DatasetCaptionSettings,
+    DatasetLearningSettings,
+    DatasetTableSettings,
+    PictureSettings,
+    EntrySettings,
+):
     """One set of pictures: an entry of the datasets file."""
 
     dataset_type: Literal["image", "conditioning", "eval", "image_embeds"] = setting(
-        "image", pending=("conditioning", "eval", "image_embeds")
+        "image", pending=("eval", "image_embeds")
     )
-    """What the dataset is for: image is trained on."""
+    """What the dataset is for: image is trained on; conditioning, which conditioning_type implies,
+    goes with the pictures of another."""
 
     instance_data_dir: Path | None = setting(None, path=True)
     """The folder with the pictures, searched with all folders in it; never written to."""
@@ -165,39 +115,6 @@ class DatasetSettings(PictureSettings, EntrySettings):
     cache_dir_vae: Path | None = setting(None, path=True)
     """The folder of this dataset's encoded pictures; without it, one named by its id in the
     folder of all encoded pictures."""
-
-    metadata_backend: MetadataBackend = setting(
-        "discovery", pending=("parquet", "huggingface", "webshart")
-    )
-    """Where the sizes of pictures come from: discovery reads the head of each file."""
-
-    repeats: int = setting(0, ge=0)
-    """How often each picture is seen again within an epoch; 0 is once."""
-
-    probability: float = setting(1.0, ge=0)
-    """How often this dataset is drawn from, beside the others; larger is more often."""
-
-    crop: bool = setting(False)
-    """Cut pictures to crop_aspect; false keeps their shape and trims only what
-    aspect_bucket_alignment leaves over."""
-
-    crop_aspect: Literal["square", "preserve", "closest", "random"] = setting(
-        "square", pending=("closest", "random")
-    )
-    """The shape that is cut out: square, or preserve for the picture's own."""
-
-    crop_style: CropStyle = setting("random", pending=("face",))
-    """Where it is cut out: at random, in the center, or from the top left corner."""
-
-    minimum_aspect_ratio: float | None = setting(None, gt=0)
-    """Pictures with less width to their height are left out."""
-
-    maximum_aspect_ratio: float | None = setting(None, gt=0)
-    """Pictures with more width to their height are left out."""
-
-    disable_multiline_split: bool = setting(False)
-    """Take a text file as one caption, where otherwise each line is one and each visit draws one
-    of them."""
 
     vae_cache_ondemand: bool = setting(False)
     """Encode each picture when training first meets it, then keep it."""
@@ -217,55 +134,9 @@ class DatasetSettings(PictureSettings, EntrySettings):
     image_embeds: str | None = setting(None, pending=True)
     """The id of the image_embeds entry that keeps this dataset's encoded pictures."""
 
-    max_num_samples: int | None = setting(None, pending=True, ge=1, unit="pictures")
-    """Train on this many pictures only, always the same ones."""
-
-    train_batch_size: int | None = setting(None, pending=True, ge=1, unit="pictures")
-    """This dataset's own batch size."""
-
-    start_epoch: int = setting(1, pending=True, ge=1, unit="epochs")
-    """The epoch in which this dataset is first seen."""
-
-    end_epoch: int | None = setting(None, pending=True, ge=0, unit="epochs")
-    """The epoch in which this dataset is last seen; 0 for no end."""
-
-    start_step: int = setting(1, pending=True, ge=0, unit="optimizer steps")
-    """The step in which this dataset is first seen."""
-
-    end_step: int | None = setting(None, pending=True, ge=0, unit="optimizer steps")
-    """The step in which this dataset is last seen; 0 for no end."""
-
-    is_regularisation_data: bool = setting(False, pending=True)
-    """Train towards what the untouched base model says of these pictures, to keep what it knew."""
-
-    crop_aspect_buckets: tuple[Any, ...] | None = setting(None, pending=True)
-    """The shapes that crop_aspect closest and random choose from: numbers, width over height."""
-
-    caption_shuffle: dict[str, Any] | None = setting(None, pending=True)
-    """How the tags of a caption are shuffled."""
-
-    parquet: dict[str, Any] | None = setting(None, pending=True)
-    """A table with captions and sizes: its path and its columns."""
-
-    conditioning_type: (
-        Literal["controlnet", "mask", "segmentation", "reference_strict", "reference_loose"] | None
-    ) = setting(None, pending=True)
-    """What the pictures of a conditioning dataset are to those they belong to."""
-
-    conditioning_data: str | tuple[str, ...] | None = setting(None, pending=True)
-    """The conditioning datasets that belong to this one, by id."""
-
-    conditioning: dict[str, Any] | tuple[dict[str, Any], ...] | None = setting(None, pending=True)
-    """Conditioning pictures to be made from this dataset, such as edges or masks."""
-
-    source_dataset_id: str | None = setting(None, pending=True)
-    """The dataset that a conditioning dataset belongs to."""
-
-    scan_for_errors: bool = setting(False, pending=True)
-    """Compare the cache with the pictures before the run begins."""
-
-    vae_cache_clear_each_epoch: bool = setting(False, pending=True)
-    """Encode everything anew in each epoch."""
+    scan_for_errors: bool = setting(False)
+    """Read every encoded picture when the run starts; one that is damaged is encoded again. What a
+    changed picture or setting leaves behind is never used, with or without it."""
 
     dataset_name: str | None = setting(None, pending=True)
     """A dataset of the hub, as owner/name."""
@@ -294,23 +165,26 @@ class DatasetSettings(PictureSettings, EntrySettings):
     aws_data_prefix: str | None = setting(None, pending=True)
     """The folder inside the bucket."""
 
-    csv_file: Path | None = setting(None, pending=True, path=True)
-    """A table of addresses and captions."""
-
-    csv_url_column: str = setting("url", pending=True)
-    """Its column of addresses."""
-
-    csv_caption_column: str | None = setting(None, pending=True)
-    """Its column of captions."""
-
-    csv_cache_dir: Path | None = setting(None, pending=True, path=True)
-    """The folder that downloads are kept in."""
-
     @model_validator(mode="after")
     def _has_pictures(self) -> DatasetSettings:
-        if (self.type, self.dataset_type) == ("local", "image") and self.instance_data_dir is None:
+        at_hand = self.type == "local" and self.role in ("image", "conditioning")
+        if self.repeats and self.dataset_repeat is not None:
+            raise ValueError("repeats and dataset_repeat say the same; keep one of the two")
+        listed = self.role == "image" and self.dataset_metadata_path is not None
+        if at_hand and self.instance_data_dir is None and not listed:
             raise ValueError("instance_data_dir is missing: name the folder with the pictures")
+        if self.role == "conditioning" and self.conditioning_type is None:
+            raise ValueError("conditioning_type is missing: say mask if they are masks")
+        if self.conditioning_type == "mask" and self.type != "local":
+            raise ValueError(f"type {self.type} is not for masks, which lie in a folder; set local")
+        if self.role == "conditioning" and self.table_path is not None:
+            raise ValueError("a table is for pictures that are trained on, not for conditioning")
         return self
+
+    @property
+    def role(self) -> str:
+        """The dataset_type; a conditioning_type makes it conditioning."""
+        return "conditioning" if self.conditioning_type else self.dataset_type
 
 
 class TextEmbedsSettings(EntrySettings):
@@ -340,8 +214,10 @@ class TextEmbedsSettings(EntrySettings):
     text_cache_disable: bool = setting(False, pending=True)
     """Encode each caption at every visit and keep nothing."""
 
-    caption_filter_list: Path | tuple[str, ...] | None = setting(None, pending=True, path=True)
-    """What is removed from captions: a list, or a file with one entry on each line."""
+    caption_filter_list: Path | tuple[str, ...] | None = setting(None, path=True)
+    """What is removed from captions: a list, a .json file of one, or a .txt file with an entry on
+    each line. An entry is a regular expression, plain text being one, and what it finds is removed;
+    s/search/replace/ replaces the first find instead, s/search/replace/g every one."""
 
 
 @dataclass(frozen=True)
@@ -351,10 +227,12 @@ class Datasets:
     Args:
         training: What is trained on.
         text_embeds: Where encoded captions are kept.
+        masks: The masks of those that have some, by the id of the pictures.
     """
 
     training: tuple[DatasetSettings, ...]
     text_embeds: TextEmbedsSettings
+    masks: Mapping[str, DatasetSettings] = field(default_factory=dict)
 
 
 INHERITED = frozenset(PictureSettings.model_fields)
@@ -370,6 +248,7 @@ def inherit(
     vae_cache_disable: bool = False,
     vae_batch_size: int = 4,
     write_batch_size: int = 128,
+    seed: int = 42,
 ) -> DatasetSettings:
     """`entry` with every value it does not give taken from the settings of the run.
 
@@ -383,17 +262,43 @@ def inherit(
         vae_cache_disable: As the cache settings say.
         vae_batch_size: As the cache settings say.
         write_batch_size: As the cache settings say.
+        seed: Of the run.
     """
     wider: dict[str, Any] = {name: data.__dict__[name] for name in INHERITED}
     wider |= {
         "cache_dir_vae": vae_root / safe_name(entry.id),
         "vae_batch_size": vae_batch_size,
         "write_batch_size": write_batch_size,
+        **table_defaults(entry, entry.type),
     }
+    if not data.disable_bucket_pruning and "rare_buckets" not in data.model_fields_set:
+        wider["rare_buckets"] = "drop"
     filled = {name: value for name, value in wider.items() if name not in entry.model_fields_set}
     filled["vae_cache_disable"] = entry.vae_cache_disable or vae_cache_disable
     filled["vae_cache_ondemand"] = entry.vae_cache_ondemand or vae_cache_ondemand
+    shuffle = entry.caption_shuffle
+    if shuffle is not None and shuffle.seed is None:
+        filled["caption_shuffle"] = shuffle.model_copy(update={"seed": seed})
+    filled["parquet"] = inherit_columns(entry.parquet, data)
     return entry.model_copy(update=filled)
+
+
+def each_resolution(entry: DatasetSettings) -> tuple[DatasetSettings, ...]:
+    """One dataset for each value of a list of resolutions, `entry` itself without a list.
+
+    Their ids end in the value, as ``cats-512``, and so do the folders of their latents.
+    """
+    if isinstance(entry.resolution, float):
+        return (entry,)
+    return tuple(
+        entry.model_copy(update={"resolution": value, **_named(entry, f"{value:.12g}")})
+        for value in entry.resolution
+    )
+
+
+def _named(entry: DatasetSettings, name: str) -> dict[str, object]:
+    folder = entry.cache_dir_vae
+    return {"id": f"{entry.id}-{name}", "cache_dir_vae": folder / name if folder else None}
 
 
 def inherit_text_embeds(
@@ -413,37 +318,17 @@ def inherit_text_embeds(
     return entry.model_copy(update={k: v for k, v in wider.items() if k not in given})
 
 
+def inherit_filters(entry: DatasetSettings, text_embeds: TextEmbedsSettings) -> DatasetSettings:
+    """`entry` with the caption filters of `text_embeds`, unless it has its own."""
+    if entry.caption_filter_list is not None:
+        return entry
+    return entry.model_copy(update={"caption_filter_list": text_embeds.caption_filter_list})
+
+
 def contradictions(entry: DatasetSettings) -> Iterator[tuple[str, str]]:
     """What does not fit together in an entry with inherited values: a key, and what to do."""
-    if entry.maximum_image_size and not entry.target_downsample_size:
-        yield "maximum_image_size", "needs target_downsample_size: what larger pictures become"
-    least, most = entry.minimum_aspect_ratio, entry.maximum_aspect_ratio
-    if least is not None and most is not None and least > most:
-        yield "minimum_aspect_ratio", f"is above maximum_aspect_ratio ({most:g}); no picture fits"
-    wants = [
-        key
-        for key, wanted in (
-            ("caption_strategy", entry.caption_strategy == "instanceprompt"),
-            ("prepend_instance_prompt", entry.prepend_instance_prompt),
-            ("only_instance_prompt", entry.only_instance_prompt),
-        )
-        if wanted
-    ]
-    if wants and not entry.instance_prompt:
-        yield wants[0], "needs instance_prompt: the text to use"
-    for key in ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size"):
-        if sentence := _wrong_unit(entry.__dict__[key], entry.resolution_type):
-            yield key, sentence
-
-
-_MOST_MEGAPIXELS, _FEWEST_PX = 32, 8
-
-
-def _wrong_unit(value: float | None, unit: str) -> str | None:
-    if not value:
-        return None
-    if unit == "area" and value >= _MOST_MEGAPIXELS:
-        return f"counts megapixels under resolution_type area, got {value:g}; pixel_area counts px"
-    if unit != "area" and value < _FEWEST_PX:
-        return f"counts px under resolution_type {unit}, got {value:g}; area counts megapixels"
-    return None
+    yield from caption_contradictions(entry)
+    yield from size_contradictions(entry)
+    yield from draw_contradictions(entry)
+    yield from table_contradictions(entry, entry.type, entry.caption_strategy)
+    yield from learning_contradictions(entry)

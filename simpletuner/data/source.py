@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
@@ -11,25 +12,44 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from PIL import Image
 
 from simpletuner.core.errors import DataError
 from simpletuner.core.events import Bus
 from simpletuner.core.files import safe_name
 from simpletuner.core.seeds import Seeds, key64
 from simpletuner.core.types import Geometry, Sample
-from simpletuner.data import buckets
+from simpletuner.data.caption_edits import PLACEHOLDER
+from simpletuner.data.caption_settings import DatasetCaptionSettings
+from simpletuner.data.columns import bytes16, kept, keys_of, sizes_of
+from simpletuner.data.files import open_files
 from simpletuner.data.geometry import Sizes
 from simpletuner.data.index import NO_CAPTION, Index
-from simpletuner.data.pixels import PictureError, decode, render
-from simpletuner.data.rules import background, caption_rule, geometry_rule, size_filter
+from simpletuner.data.masks import Masks
+from simpletuner.data.pixels import PictureError, decode, opacity, render, render_mask
+from simpletuner.data.rules import background, caption_rule, sizing
 from simpletuner.data.settings import DatasetSettings
 from simpletuner.data.storage.base import PICTURE_SUFFIXES
-from simpletuner.data.storage.local import LocalStorage
 
 FAULTS_ALLOWED = (2, 0.05)
 """So many pictures, or this share of them, may be unusable before it is an error."""
 
 FAULTS_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """Pictures that are not trained on for one reason.
+
+    Args:
+        reason: A fault, or the setting that leaves them out.
+        count: How many.
+        example: The path of one of them.
+    """
+
+    reason: str
+    count: int
+    example: str
 
 
 class DataSource:
@@ -42,62 +62,105 @@ class DataSource:
         settings: Its settings.
         repeats: Further passes within an epoch.
         probability: How often it is drawn from, beside the other datasets.
+        train_batch_size: Its own samples of one micro-batch on one rank; None for the run's.
+        span: The part of the run in which it is drawn from.
         content: [n] void of 16 bytes, the digest of each file; ``bytes(content[row])``.
         keys: [n] u64, the first 8 bytes of `content`.
-        sizes: [n, 2] the upright size of each file.
-        resizes: [n, 2] its size after the one resize.
+        sizes: [n, 2] int32 upright size of each file.
+        resizes: [n, 2] int32 its size after the one resize.
         buckets: [n, 2] int32 width and height that is encoded.
         rejects: Reason by path of the pictures that cannot be used.
-        left_out: How many each of the user's filters took.
+        left_out: What each of the user's filters took, by its setting.
+        enlarged: How many are smaller than the size they are trained at.
+        merged: How many were moved out of a rare bucket into a fuller one.
+        masked: They have masks.
     """
 
-    def __init__(self, settings: DatasetSettings, index: Index, table: pa.Table, bus: Bus) -> None:
+    def __init__(
+        self,
+        settings: DatasetSettings,
+        index: Index,
+        table: pa.Table,
+        batch: int,
+        bus: Bus,
+        masks: Masks | None = None,
+        unlisted: Excluded | None = None,
+    ) -> None:
         self.settings = settings
         self.id = settings.id
         self.repeats = settings.repeats
         self.probability = settings.probability
+        self.train_batch_size = settings.train_batch_size
+        self.span = settings.span
         self._index = index
         self._whole = table
+        self._batch = batch
         self._bus = bus
+        self._masks = masks
+        self.masked = masks is not None or settings.alpha_as_mask
         self._captions = caption_rule(settings)
-        self._geometry = geometry_rule(settings)
-        sound, self.rejects = self._sound(table)
-        usable, self.left_out = self._wanted(sound)
-        self._paths = usable["path"].combine_chunks()
-        self._texts = usable["caption"].combine_chunks()
-        self.content = _bytes16(usable["content"])
-        self.keys: NDArray[np.uint64] = (
-            self.content.view(">u8").reshape(-1, 2)[:, 0].astype(np.uint64)
-        )
-        self.sizes = _sizes(usable)
-        targets = self._geometry.targets(self.sizes)
-        self.resizes = self._geometry.resizes(self.sizes, targets)
+        self._sizing = sizing(settings, batch)
+        self._geometry = self._sizing.rule
+        paired, self._alone = (table, []) if masks is None else masks.beside(table)
+        sound, self.rejects = self._sound(paired)
+        usable, targets, self.left_out = self._wanted(sound)
+        self._unlisted = unlisted
+        if unlisted is not None:
+            self.left_out = {unlisted.reason: unlisted, **self.left_out}
+        self._paths, self._texts = usable["path"], usable["caption"]
+        self._mask_rows = usable["mask"].to_numpy() if masks else np.empty(0, np.int32)
+        self.content = bytes16(usable["content"])
+        self.keys = keys_of(self.content)
+        sizes = sizes_of(usable)
+        own, targets = targets, self._sizing.merged(sizes, targets)
+        self.merged = int((own != targets).any(axis=1).sum())
+        self.enlarged = int((self._geometry.cover_scale(sizes, targets) > 1).sum())
+        self.sizes: NDArray[np.int32] = sizes.astype(np.int32)
+        self.resizes: NDArray[np.int32] = self._geometry.resizes(sizes, targets).astype(np.int32)
         self.buckets: NDArray[np.int32] = targets.astype(np.int32)
-        self._enlarged = int((self._geometry.cover_scale(self.sizes, targets) > 1).sum())
 
     @classmethod
-    def open(cls, settings: DatasetSettings, *, index_folder: Path, bus: Bus) -> DataSource:
+    def open(
+        cls,
+        settings: DatasetSettings,
+        *,
+        index_folder: Path,
+        train_batch_size: int = 1,
+        masks: DatasetSettings | None = None,
+        bus: Bus,
+    ) -> DataSource:
         """Scan a dataset, looking only at what has changed since the last time.
 
         Args:
             settings: The dataset's entry, inherited values filled in.
             index_folder: Where the index is kept.
+            train_batch_size: Of the run, for a dataset that does not say: what a bucket with fewer
+                pictures is rare by.
+            masks: The entry of its masks.
             bus: Told of progress and of what is left out.
 
         Raises:
-            DataError: The folder is missing or holds no picture, too many are unusable, or none
-                is left.
+            DataError: The folder is missing or holds no picture, too many are unusable, one has no
+                mask where there are masks, or none is left.
         """
-        assert settings.instance_data_dir is not None, "checked with the settings"
+        files = open_files(settings, downloads=index_folder / "downloads", bus=bus)
         index = Index(
             index_folder / f"{safe_name(settings.id)}.parquet",
-            LocalStorage(settings.instance_data_dir),
-            workers=min(settings.max_workers, os.cpu_count() or 1),
+            files.storage,
+            workers=files.workers,
             bus=bus,
             title=f"index {settings.id}",
         )
-        table = index.scan(texts=caption_rule(settings).reads_text)
-        source = cls(settings, index, table, bus)
+        rule = caption_rule(settings)
+        told = files.table.captions_of if files.table and rule.reads_table else None
+        table = index.scan(texts=rule.reads_text, told=told)
+        unlisted = None
+        if files.unlisted:
+            unlisted = Excluded("metadata_backend", files.unlisted, files.example)
+        paired = None if masks is None else Masks.open(masks, index_folder=index_folder, bus=bus)
+        source = cls(settings, index, table, train_batch_size, bus, paired, unlisted)
+        if files.table is not None:
+            files.table.tell_other_sizes(table, bus)
         source._tell()
         return source
 
@@ -109,6 +172,19 @@ class DataSource:
 
         Raises:
             DataError: Too many are unusable, or none is left.
+        """
+        table = self.remember(reasons)
+        rest = (self._batch, self._bus, self._masks, self._unlisted)
+        return DataSource(self.settings, self._index, table, *rest)
+
+    def remember(self, reasons: Mapping[str, str]) -> pa.Table:
+        """Keep in the index why pictures and their copies cannot be used, until they change.
+
+        Args:
+            reasons: By path.
+
+        Returns:
+            The whole table, with these marked.
         """
         table = self._whole
         named = pa.table({"path": list(reasons), "why": list(reasons.values())})
@@ -122,10 +198,24 @@ class DataSource:
             column = table.schema.get_field_index(name)
             table = table.set_column(column, name, pc.if_else(hit, values, table[name]))
         self._index.save(table)
-        return DataSource(self.settings, self._index, table, self._bus)
+        return table
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def found(self) -> int:
+        """Pictures in the folder, usable or not."""
+        return len(self._whole) + (self._unlisted.count if self._unlisted else 0)
+
+    def excluded(self) -> tuple[Excluded, ...]:
+        """Why pictures are not trained on: faults, the most frequent first, then filters."""
+        first: dict[str, str] = {}
+        for path, reason in self.rejects.items():
+            first.setdefault(reason, path)
+        faults = Counter(self.rejects.values()).most_common()
+        named = (Excluded(reason, count, first[reason]) for reason, count in faults)
+        return (*named, *self.left_out.values())
 
     def path(self, row: int) -> str:
         """The path of a picture inside its dataset."""
@@ -155,16 +245,21 @@ class DataSource:
 
         Pictures count in the order of their content, so that a new folder name changes nothing.
         """
-        order = pa.array(np.lexsort((np.arange(len(self)), self.keys)))
+        order = pa.array(np.argsort(self.keys, kind="stable"))
         digest = blake2b(digest_size=16)
         columns = [self._texts]
         if self.settings.caption_strategy == "filename":
             columns.append(pc.replace_substring_regex(self._paths, r"^.*/|\.[^.]*$", ""))
         for column in columns:
-            for text in column.take(order).to_pylist():
-                digest.update(repr(text).encode())
-        told = self.settings.model_dump(mode="json", include=_CAPTION_SETTINGS)
+            ordered = column.take(order)
+            for start in range(0, len(ordered), 1 << 16):
+                digest.update(repr(ordered.slice(start, 1 << 16).to_pylist()).encode())
+        idle = {"caption_shuffle"} if self._captions.shuffle is None else set()
+        told = self.settings.model_dump(mode="json", include=_CAPTION_SETTINGS - idle)
+        if self._captions.reads_table:  # one kind of table is as good as another
+            told["caption_strategy"] = "table"
         digest.update(repr(sorted(told.items())).encode())
+        pa.default_memory_pool().release_unused()  # what the columns took in another order
         return digest.hexdigest()
 
     def identity(self) -> dict[str, str]:
@@ -173,13 +268,21 @@ class DataSource:
         width, height = self.resizes[:, 0], self.resizes[:, 1]
         order = np.lexsort((height, width, self.keys))
         cuts = bool((self.resizes > self.buckets).any())
-        return {
+        facts = {
             "captions": self.caption_digest(),
             "resizes": f"{key64(self.resizes[order].astype('<i8').tobytes()):016x}",
             "crop_style": settings.crop_style if cuts else "without effect",
             "image_background": settings.image_background.lower(),
             "vae_cache_disable": str(settings.vae_cache_disable).lower(),
+            "is_regularisation_data": str(settings.is_regularisation_data).lower(),
+            "masks": "alpha" if settings.alpha_as_mask else "none",
+            "masked_loss_probability": (
+                f"{settings.masked_loss_probability:g}" if self.masked else "without effect"
+            ),
         }
+        if self._masks is not None:
+            facts["masks"] = self._masks.digest(self._mask_rows, self.keys)
+        return facts
 
     def sample(self, row: int, epoch: int, occurrence: int, seeds: Seeds) -> Sample:
         """One draw of a picture; depends on its content and the draw, not on its row or rank."""
@@ -189,6 +292,7 @@ class DataSource:
         caption = captions[int(seeds.uniform("caption", *draw) * len(captions))]
         if seeds.uniform("caption dropout", *draw) < self.settings.caption_dropout_probability:
             caption = ""
+        chance = self.settings.masked_loss_probability
         fresh = self.settings.vae_cache_disable
         return Sample(
             id=content.hex(),
@@ -197,6 +301,8 @@ class DataSource:
             caption=caption,
             geometry=self._placed(row, seeds.key("crop", *draw)) if fresh else self.geometry(row),
             occurrence=occurrence,
+            masked=self.masked and seeds.uniform("masked loss", *draw) < chance,
+            regularises=self.settings.is_regularisation_data,
         )
 
     def pixels(self, drawn: Sample | int) -> NDArray[np.uint8]:
@@ -214,18 +320,47 @@ class DataSource:
         else:
             path, geometry = self.path(drawn), self.geometry(drawn)
             content = bytes(self.content[drawn]).hex()
+        picture = self._decoded(path, content)
+        try:
+            return render(picture, geometry)
+        except PictureError as error:
+            raise PictureError(error.reason, f"dataset {self.id}: {path}") from error
+
+    def picture(self, row: int) -> Image.Image:
+        """A whole picture, upright and flattened, before its resize.
+
+        Raises:
+            PictureError: The file cannot be read or decoded.
+            DataError: It is not the file that was indexed.
+        """
+        return self._decoded(self.path(row), bytes(self.content[row]).hex())
+
+    def mask(self, row: int, geometry: Geometry) -> NDArray[np.uint8]:
+        """How much of each pixel of a picture with a mask is learned.
+
+        Args:
+            row: Of the picture.
+            geometry: Of its draw.
+
+        Returns:
+            [H, W] uint8, 255 for all of it, 0 for nothing.
+
+        Raises:
+            PictureError: The mask cannot be read or decoded.
+            DataError: It is not the file that was indexed.
+        """
+        if self._masks is not None:
+            return render_mask(self._masks.image(int(self._mask_rows[row])), geometry)
+        path, content = self.path(row), bytes(self.content[row]).hex()
+        return render_mask(self._decoded(path, content, opacity), geometry)
+
+    def _decoded(
+        self, path: str, content: str, take: Callable[[bytes], Image.Image] | None = None
+    ) -> Image.Image:
         where = f"dataset {self.id}: {path}"
+        data = self._index.read(path, content, where)
         try:
-            data = self._index.storage.read(path)
-        except OSError as error:
-            raise PictureError(f"cannot be read: {error.strerror or error}", where) from error
-        if blake2b(data, digest_size=16).hexdigest() != content:
-            raise DataError(
-                f"{where} was changed after it was indexed",
-                fix="start again; if this comes back, touch the file and start again",
-            )
-        try:
-            return render(decode(data, background(self.settings)), geometry)
+            return take(data) if take else decode(data, background(self.settings))
         except PictureError as error:
             raise PictureError(error.reason, where) from error
 
@@ -237,7 +372,7 @@ class DataSource:
         return self._geometry.place(source, resize, target, key)
 
     def _sound(self, table: pa.Table) -> tuple[pa.Table, dict[str, str]]:
-        """The rows that can be read and have a caption, and the reasons of the others."""
+        """The rows that can be read and have what belongs to them, the reasons of the others."""
         folder = self._index.storage.title
         if not len(table):
             looked = " ".join(sorted(PICTURE_SUFFIXES))
@@ -246,64 +381,92 @@ class DataSource:
                 fix="correct instance_data_dir",
             )
         fault = pc.not_equal(table["status"], "ok")
-        if self._captions.reads_text:
-            fault = pc.or_(fault, pc.is_null(table["caption"]))
+        if self._captions.has_texts:
+            lacks = pc.is_null(table["caption"])
+            if not self._captions.needs_text:  # one that cannot be read is a fault all the same
+                lacks = pc.and_(lacks, pc.is_valid(table["caption_reason"]))
+            fault = pc.or_(fault, lacks)
+        unmasked = False
+        if self._masks is not None:
+            lacks = pc.is_valid(table["mask_reason"])
+            unmasked = pc.any(pc.and_not(lacks, fault)).as_py()
+            fault = pc.or_(fault, lacks)
         faulty = table.filter(fault)
-        reasons = pc.coalesce(faulty["reason"], faulty["caption_reason"], pa.scalar(NO_CAPTION))
+        told = [name for name in _REASONS if name in faulty.column_names]
+        reasons = pc.coalesce(*(faulty[name] for name in told), pa.scalar(NO_CAPTION))
         rejects = dict(zip(faulty["path"].to_pylist(), reasons.to_pylist(), strict=True))
         few, share = FAULTS_ALLOWED
-        allowed = self.settings.allow_excluded or len(rejects) <= max(few, share * len(table))
+        some = len(rejects) <= max(few, share * len(table)) and not unmasked
+        allowed = self.settings.allow_excluded or some
+        mend = "give each a mask of its own path" if unmasked else "mend or remove them"
         if len(rejects) < len(table) and not allowed:
             raise DataError(
                 f"dataset {self.id}: {len(rejects)} of {len(table)} pictures cannot be used\n"
-                + _listed(rejects),
-                fix="mend or remove them, or set allow_excluded to train on the others",
+                + "\n".join([_listed(rejects), *self._masks_alone()]),
+                fix=f"{mend}, or set allow_excluded to train on the others",
             )
-        return table.filter(pc.invert(fault)), rejects
+        return kept(table, pc.invert(fault)), rejects
 
-    def _wanted(self, sound: pa.Table) -> tuple[pa.Table, dict[str, int]]:
-        """The rows the user's filters leave, and how many each took."""
-        sizes = _sizes(sound)
+    def _wanted(self, sound: pa.Table) -> tuple[pa.Table, Sizes, dict[str, Excluded]]:
+        """The rows the user's filters leave, the bucket of each, and what each filter took."""
+        sizes, keys = sizes_of(sound), keys_of(bytes16(sound["content"]))
+        targets = self._sizing.targets(sizes, keys)
         keep = np.ones(len(sound), np.bool_)
-        taken: dict[str, int] = {}
-        for name, out in size_filter(self.settings).left_out(sizes).items():
-            taken[name] = int((out & keep).sum())
+        taken: dict[str, Excluded] = {}
+        for name, out in self._sizing.left_out(sizes, targets, keys).items():
+            gone = np.flatnonzero(out & keep)
+            if len(gone):
+                taken[name] = Excluded(name, len(gone), sound["path"][int(gone[0])].as_py())
             keep &= ~out
         if not keep.any():
             lines = [f"{len(sound) + len(self.rejects)} pictures found"]
             lines += [f"{len(self.rejects)} cannot be used"] * bool(self.rejects)
-            lines += [f"{count} left out by {name}" for name, count in taken.items()]
+            lines += [f"{out.count} left out by {name}" for name, out in taken.items()]
             text = "\n".join(f"  {line}" for line in [*lines, "0 left"])
-            listed = f"\n{_listed(self.rejects)}" if self.rejects else ""
-            raise DataError(f"dataset {self.id}: nothing is left to train on\n{text}{listed}")
-        return sound.filter(pa.array(keep)), {name: n for name, n in taken.items() if n}
+            lines = [text, *([_listed(self.rejects)] if self.rejects else []), *self._masks_alone()]
+            raise DataError("\n".join([f"dataset {self.id}: nothing is left to train on", *lines]))
+        return kept(sound, pa.array(keep)), targets[keep], taken
+
+    def _masks_alone(self) -> list[str]:
+        """Names the masks without a picture; empty without any."""
+        alone = self._alone
+        if self._masks is None or not alone:
+            return []
+        are = "mask in {} is" if len(alone) == 1 else "masks in {} are"
+        heading = f"{len(alone)} {are.format(self._masks.id)} left over:"
+        return [heading, _listed(dict.fromkeys(alone, f"no picture in {self.id}"))]
+
+    def _captions_with_placeholder(self) -> int:
+        """Texts that hold the place of a trigger word where there is none."""
+        if not self._captions.has_texts or self.settings.trigger_word:
+            return 0
+        return pc.sum(pc.match_substring(self._texts, PLACEHOLDER)).as_py() or 0
 
     def _tell(self) -> None:
-        """Say what was found, what was left out and why."""
+        """Say what is odd; the dataset report counts the rest."""
         say, name, count = self._bus.notice, f"dataset {self.id}", len(self)
-        say(f"{name}: {_pictures(count)} in {buckets.describe(self.buckets)}")
         if self.rejects:
             say(
                 f"{name}: {_pictures(len(self.rejects))} cannot be used\n{_listed(self.rejects)}",
                 "warning",
             )
-        for setting, taken in self.left_out.items():
-            say(f"{name}: {_pictures(taken)} left out by {setting}")
-        if self._enlarged:
-            say(f"{name}: {self._enlarged} of {_pictures(count)} enlarged to reach their size")
+        if alone := self._masks_alone():
+            say("\n".join([f"{name}: {alone[0]}", *alone[1:]]), "warning")
+        if self._captions.has_texts and self._texts.null_count:
+            without = _pictures(self._texts.null_count)
+            where = "a text file" if self._captions.reads_text else "a caption in the table"
+            say(f"{name}: {without} without {where}, captioned by default_caption")
+        held = self._captions_with_placeholder()
+        if held:
+            what = "caption holds" if held == 1 else "captions hold"
+            say(f"{name}: {held} {what} {PLACEHOLDER} and there is no trigger_word", "warning")
         twins = count - len(np.unique(self.content))
         if twins:
             say(f"{name}: {_pictures(twins)} with exactly the bytes of another", "warning")
 
 
-_CAPTION_SETTINGS = {
-    "caption_dropout_probability",
-    "caption_strategy",
-    "disable_multiline_split",
-    "instance_prompt",
-    "only_instance_prompt",
-    "prepend_instance_prompt",
-}
+_CAPTION_SETTINGS = set(DatasetCaptionSettings.model_fields)
+_REASONS = ("reason", "caption_reason", "mask_reason")
 
 
 def _pictures(count: int) -> str:
@@ -316,16 +479,3 @@ def _listed(reasons: Mapping[str, str]) -> str:
     if len(reasons) > FAULTS_LISTED:
         lines.append(f"  and {len(reasons) - FAULTS_LISTED} more")
     return "\n".join(lines)
-
-
-def _sizes(table: pa.Table) -> Sizes:
-    columns = [table[name].to_numpy().astype(np.int64) for name in ("width", "height")]
-    return np.stack(columns, axis=1)
-
-
-def _bytes16(column: pa.ChunkedArray) -> NDArray[np.void]:
-    """[n] void of 16 bytes: numpy's own byte strings would lose zeros at the end."""
-    packed = column.combine_chunks()
-    data = np.frombuffer(packed.buffers()[1], "V16")
-    found: NDArray[np.void] = data[packed.offset : packed.offset + len(packed)]
-    return found

@@ -1,4 +1,7 @@
-"""Regression losses of a prediction and its target; per sample, so that the plan can weigh them."""
+"""Regression losses of a prediction and its target; per sample, so that the plan can weigh them.
+
+Letters: B batch, C channels; *S = H,W or F,H,W.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,32 @@ if TYPE_CHECKING:
 
 
 def l2(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample.
+    """Squared error of each element.
 
     Args:
         prediction: [B, C, *S], fp32.
         target: [B, C, *S], fp32.
 
     Returns:
+        [B, C, *S].
+    """
+    return (prediction - target).square()
+
+
+def per_sample(errors: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean error of each sample.
+
+    The mean is over all elements, also those that a mask takes out: a sample weighs as much as the
+    part of it that is learned.
+
+    Args:
+        errors: [B, C, *S].
+        mask: [B, 1, *S], a factor on the errors of each cell.
+
+    Returns:
         [B].
     """
-    return (prediction - target).square().flatten(1).mean(1)
+    return (errors if mask is None else errors * mask).flatten(1).mean(1)
 
 
 LOSSES = Table(

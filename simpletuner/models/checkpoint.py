@@ -92,6 +92,23 @@ class Checkpoint:
         """
         return self._read(part, lambda: self._open_part(part, dtype))
 
+    def open_tokenizer(self, part: str) -> Any:
+        """The tokenizer `part`.
+
+        Raises:
+            ModelError: It is missing or cannot be read.
+        """
+        import transformers
+
+        cls = getattr(transformers, self.index[part][1])
+        return self._read(
+            part, lambda: cls.from_pretrained(self.folder / part, local_files_only=True)
+        )
+
+    def has(self, part: str) -> bool:
+        """True if the pipeline comes with `part`; a refiner has one text encoder only."""
+        return all(self.index.get(part) or (None,))
+
     def _open_part(self, part: str, dtype: torch.dtype) -> Any:
         import diffusers
 
@@ -109,6 +126,7 @@ class Checkpoint:
 
     def _read(self, what: str, call: Callable[[], Any]) -> Any:
         """What `call` opens, every weight filled; what is wrong with it becomes a ModelError."""
+        from diffusers import DiffusionPipeline
         from diffusers.loaders.single_file_utils import SingleFileComponentError
         from safetensors import SafetensorError
         from torch import nn
@@ -125,7 +143,8 @@ class Checkpoint:
             if is_out_of_memory(error):  # nothing is wrong with the checkpoint
                 raise
             raise self._unreadable(what, str(error)) from error
-        modules = [opened] if isinstance(opened, nn.Module) else opened.components.values()
+        pipeline = isinstance(opened, DiffusionPipeline)
+        modules = opened.components.values() if pipeline else [opened]
         for module in (m for m in modules if isinstance(m, nn.Module)):
             empty = [name for name, weight in module.named_parameters() if weight.is_meta]
             if empty:

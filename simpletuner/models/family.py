@@ -178,12 +178,24 @@ class Family(ABC):
         kept = {name: output for name, output in named if name is not None}
         return [{name: output[i] for name, output in kept.items()} for i in range(len(captions))]
 
-    def cut(self, pipe: Any, captions: Sequence[str]) -> list[str]:
-        """The captions that even the text encoder with the longest view sees only in part."""
-        tokenizer = pipe.components[self.text_parts[-1]]
-        most = self.text_options.get("tokenizer_max_length") or tokenizer.model_max_length
-        lengths = [len(ids) for ids in tokenizer(list(captions)).input_ids]
-        return [text for text, length in zip(captions, lengths, strict=True) if length > most]
+    def open_tokenizers(self) -> dict[str, Any]:
+        """The tokenizer of each text encoder, by the encoder's name; reads no weights."""
+        return {
+            part.replace("tokenizer", "text_encoder"): self.checkpoint.open_tokenizer(part)
+            for part in self.text_parts
+            if part.startswith("tokenizer") and self.checkpoint.has(part)
+        }
+
+    def windows(self, tokenizers: Mapping[str, Any]) -> dict[str, int]:
+        """How many tokens of a caption each text encoder sees, by its name.
+
+        Args:
+            tokenizers: As `open_tokenizers` gives them; the last one's window may be chosen.
+        """
+        found = {name: int(tokenizer.model_max_length) for name, tokenizer in tokenizers.items()}
+        if chosen := self.text_options.get("tokenizer_max_length"):
+            found[next(reversed(found))] = chosen
+        return found
 
     def encode_pixels(
         self, vae: Any, pixels: Tensor, generators: Sequence[torch.Generator]

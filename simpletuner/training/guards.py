@@ -23,6 +23,8 @@ class LearningGuard:
     """After the first steps every trainable tensor has had a gradient and has moved.
 
     LoRA's A gets its first gradient in the second step, for B starts at zero; three steps show it.
+    A step whose loss is 0 has nothing to teach and does not count: one of regularisation pictures
+    while the adapters are as new, or of pictures that are masked out wholly.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -31,13 +33,16 @@ class LearningGuard:
         self._touched: dict[str, Tensor] = {}
         self._steps = 0
 
-    def watch(self) -> None:
+    def watch(self, loss: Tensor) -> None:
         """Look at the gradients of the step just done; judges after the third, then lets go.
+
+        Args:
+            loss: Of that step, 0-dim.
 
         Raises:
             TrainingError: Some tensors cannot learn; names them.
         """
-        if self._steps >= _STEPS:
+        if self._steps >= _STEPS or not bool(loss):
             return
         for name, gradient in gradients(self._weights):
             if gradient is not None:

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 Facts = Mapping[str, str]
 
 _DIGESTS = frozenset(
-    {"base model", "text encoders", "VAE", "pictures", "sizes", "resizes", "captions"}
+    {"base model", "text encoders", "VAE", "pictures", "sizes", "resizes", "captions", "masks"}
 )
 """Facts whose values say nothing to a reader."""
 
 _DECIDED_BY = MappingProxyType(
     {
-        "sizes": " (by resolution, crop, crop_aspect or aspect_bucket_alignment)",
+        "sizes": " (by resolution, crop, crop_aspect, rare_buckets or aspect_bucket_alignment)",
         "resizes": " (by resolution, crop, maximum_image_size or target_downsample_size)",
     }
 )

@@ -9,6 +9,7 @@ from simpletuner.cache.caches import Caches
 from simpletuner.cache.latents import LatentCache, open_stores
 from simpletuner.cache.store import TensorStore
 from simpletuner.cache.text import TextCache
+from simpletuner.cache.upkeep import damaged
 from simpletuner.core.errors import DataError
 from simpletuner.core.types import Place
 from simpletuner.precision.dtypes import dtype_of
@@ -46,6 +47,42 @@ def _fit_the_grid(family: Family, sources: Sequence[DataSource]) -> None:
             )
 
 
+def _look_for_damage(sources: Sequence[DataSource], bus: Bus) -> None:
+    """Read the latents of the datasets that ask for it; those that are damaged count as missing."""
+    for source in sources:
+        folder = source.settings.cache_dir_vae
+        if source.settings.scan_for_errors and folder is not None:
+            found = len(damaged(folder))
+            bus.notice(
+                f"dataset {source.id}: {found} of its encoded pictures are damaged and encoded"
+                " again"
+                if found
+                else f"dataset {source.id}: its encoded pictures are whole"
+            )
+
+
+def open_caches(
+    family: Family,
+    sources: Sequence[DataSource],
+    text_embeds: TextEmbedsSettings,
+    settings: CacheSettings,
+    seeds: Seeds,
+    place: Place,
+    bus: Bus,
+) -> tuple[TextCache, LatentCache]:
+    """Both caches as they are on the disk; nothing is encoded."""
+    assert text_embeds.cache_dir is not None, "inherited values are filled in"
+    store = TensorStore.open(
+        text_embeds.cache_dir,
+        rank=place.rank,
+        write_batch_size=text_embeds.write_batch_size,
+        bus=bus,
+    )
+    text = TextCache(family, store, place, batch_size=text_embeds.text_encoder_batch_size)
+    stores = open_stores(sources, rank=place.rank, bus=bus)
+    return text, LatentCache(family, stores, settings, vae_place(settings, place), seeds)
+
+
 def precompute(
     family: Family,
     sources: Sequence[DataSource],
@@ -61,16 +98,20 @@ def precompute(
     The caches' sources are those to train on: without pictures that could not be decoded.
     """
     _fit_the_grid(family, sources)
-    assert text_embeds.cache_dir is not None, "inherited values are filled in"
-    store = TensorStore.open(
-        text_embeds.cache_dir,
-        rank=place.rank,
-        write_batch_size=text_embeds.write_batch_size,
-        bus=bus,
+    _look_for_damage(sources, bus)
+    text, latents = open_caches(family, sources, text_embeds, settings, seeds, place, bus)
+    while True:
+        captions = {f"dataset {source.id}": source.all_captions() for source in sources}
+        text.prepare({**captions, "validation prompts": prompts.captions()}, bus)
+        sound = latents.prepare(sources, bus)
+        if not _refilled(sources, sound):
+            return Caches(sound, latents, text, seeds)
+        sources = sound
+
+
+def _refilled(before: Sequence[DataSource], after: Sequence[DataSource]) -> bool:
+    """True if undecodable pictures made room for others, which have to be encoded as well."""
+    return any(
+        new is not old and new.settings.max_num_samples is not None
+        for old, new in zip(before, after, strict=True)
     )
-    text = TextCache(family, store, place, batch_size=text_embeds.text_encoder_batch_size)
-    captions = {caption for source in sources for caption in source.all_captions()}
-    text.prepare(captions | set(prompts.captions()), bus)
-    stores = open_stores(sources, rank=place.rank, bus=bus)
-    latents = LatentCache(family, stores, settings, vae_place(settings, place), seeds)
-    return Caches(latents.prepare(sources, bus), latents, text, seeds)

@@ -39,7 +39,9 @@ class Report:
     def metadata(self, state: TrainState) -> dict[str, str]:
         """The header of the user's weights: facts for the reader, no paths, no secrets."""
         adapter = self._config.adapter
-        triggers = sorted({p for e in self._datasets.training for p in _prompts(e.instance_prompt)})
+        training = [e for e in self._datasets.training if not e.is_regularisation_data]
+        words = (_prompts(entry.trigger_word or entry.instance_prompt) for entry in training)
+        triggers = sorted({word for each in words for word in each})
         facts = {
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": f"{self._family.architecture}/{adapter.model_type}",
@@ -78,6 +80,10 @@ class Report:
                 summary=summary, total_steps=timetable.total_steps, first_step=state.step + 1
             )
         )
+        drawn = plan.seen(timetable.total_steps)
+        for number, source in enumerate(sources):
+            if number not in drawn:
+                self._bus.notice(f"dataset {source.id} is not drawn from in this run", "warning")
         if state.step >= timetable.total_steps:
             self._bus.notice(
                 f"this run is finished: {state.step} of {timetable.total_steps} steps are done;"
@@ -108,7 +114,7 @@ class Report:
             "data": data,
             "schedule": f"{timetable.total_steps} steps of"
             f" {config.schedule.train_batch_size} x {config.schedule.gradient_accumulation_steps},"
-            f" {plan.windows_per_epoch} steps an epoch",
+            f" {_pace(plan)}",
             "optimizer": f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g},"
             f" {optimizer.lr_scheduler}",
             "precision": f"{str(place.dtype).removeprefix('torch.')} on {place.device},"
@@ -132,6 +138,10 @@ class Report:
         return {
             "settings": settings,
             "datasets": [_settings_in_use(entry) for entry in self._datasets.training],
+            "masks": {
+                name: each.model_dump(mode="json", include={"id", "instance_data_dir"})
+                for name, each in self._datasets.masks.items()
+            },
             "text_embeds": _settings_in_use(self._datasets.text_embeds),
         }
 
@@ -166,6 +176,13 @@ class Report:
             f'  pipe = DiffusionPipeline.from_pretrained("{base}")',
             f'  pipe.load_lora_weights("{self._folder.root}", weight_name="{LORA_FILE}")',
         ]
+
+
+def _pace(plan: BatchPlan) -> str:
+    """How many steps an epoch has, and where that changes."""
+    first, *others = plan.phases.all
+    changes = [f"{phase.windows} from step {phase.first + 1} on" for phase in others]
+    return ", ".join([f"{first.windows} steps an epoch", *changes])
 
 
 def _prompts(setting: str | Sequence[str] | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,9 @@ from simpletuner.adapters.weights import Weights
 from simpletuner.core.errors import RESUME, TrainingError, is_out_of_memory
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Place
+from simpletuner.data.opening import open_sources
 from simpletuner.data.plan import BatchPlan
-from simpletuner.data.source import DataSource
+from simpletuner.data.report import DataReport
 from simpletuner.models.loading import open_family
 from simpletuner.optim.build import build_optimizer
 from simpletuner.precision.dtypes import base_dtype, run_dtype
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from simpletuner.core.events import Bus
     from simpletuner.core.files import RunFolder
     from simpletuner.data.settings import Datasets
+    from simpletuner.data.source import DataSource
 
 
 def train(config: Config, datasets: Datasets, folder: RunFolder, bus: Bus) -> Path:
@@ -69,6 +72,26 @@ def _less_memory(config: Config) -> str:
     return f"{first}lower {smaller} and start again with --on_data_change continue"
 
 
+def _planned(
+    config: Config, sources: Sequence[DataSource], seeds: Seeds, place: Place
+) -> tuple[BatchPlan, Timetable]:
+    """What is drawn in which step, and when the run ends.
+
+    Raises:
+        DataError: In some step there is nothing to draw.
+    """
+    plan = BatchPlan.of(
+        sources,
+        **config.schedule.window_shape,
+        data_backend_sampling=config.data.data_backend_sampling,
+        seeds=seeds,
+        world=place.world,
+    )
+    timetable = Timetable.of(config.schedule, config.validation, plan.steps)
+    plan.check_covers(timetable.total_steps)
+    return plan, timetable
+
+
 def _train(
     config: Config, datasets: Datasets, folder: RunFolder, bus: Bus, control: Control
 ) -> Path:
@@ -77,18 +100,17 @@ def _train(
     seeds = Seeds(config.runtime.seed)
     # 2. the data and the model, and everything that text encoders and VAE have to do
     root = config.cache.root(folder.root)
-    found = [
-        DataSource.open(entry, index_folder=root / "index", bus=bus) for entry in datasets.training
-    ]
+    batch = config.schedule.train_batch_size
+    found = open_sources(datasets, index_folder=root / "index", train_batch_size=batch, bus=bus)
+    planned, _ = _planned(config, found, seeds, place)  # refused before anything is encoded
+    bus.notice("\n".join(DataReport.of(found, planned).lines()))
     family = open_family(config.model, digests=root / "digests.json")
     prompts = Prompts.of(config.validation)
     caches = precompute(
         family, found, prompts, datasets.text_embeds, config.cache, seeds, place, bus
     )
     # 3. the plan: which samples each step sees, and when the run ends
-    shape = config.schedule.window_shape
-    plan = BatchPlan.of(caches.sources, **shape, seeds=seeds, world=place.world)
-    timetable = Timetable.of(config.schedule, config.validation, plan.windows_per_epoch)
+    plan, timetable = _planned(config, caches.sources, seeds, place)
     # 4. the denoiser with what trains on it
     denoiser = family.open_denoiser(Place(place.device, base_dtype(config.precision)))
     seeds.reseed_torch("adapter")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.core.types import to_device
-from simpletuner.diffusion.losses import LOSSES
+from simpletuner.diffusion.losses import LOSSES, per_sample
 from simpletuner.diffusion.noise import noise_for
 from simpletuner.diffusion.objective import objective_of
 from simpletuner.diffusion.timesteps import quantiles
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from simpletuner.optim.settings import OptimizerSettings
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+"""Prediction and target to the error of each element."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,19 @@ class Stepper:
         window, so that the gradients of all micro-batches add up to the exact mean.
         """
         batch, draw = self.draw(step, planned, batch)
+        if batch.regularises:
+            with self.weights.trainable.disabled(), torch.no_grad():
+                draw = replace(draw, target=self._predict(step, micro, draw, batch))
+        errors = self.loss(self._predict(step, micro, draw, batch), draw.target)
+        losses = per_sample(errors, batch.mask) * draw.weight
+        weights = to_device(torch.tensor(planned.weights), self.place.device)
+        return (losses * weights).sum() * (self.place.world / planned.window_samples)
+
+    def _predict(self, step: int, micro: int, draw: Draw, batch: Batch) -> Tensor:
+        """[B, C, *S] fp32, what the model says; the same each time it is asked in a step."""
         self.seeds.reseed_torch("step", step, micro, self.place.rank)
         with self._autocast():
-            prediction = self.weights.trainable.predict(self.family, draw, batch)
-        per_sample = self.loss(prediction.float(), draw.target) * draw.weight
-        weights = to_device(torch.tensor(planned.weights), self.place.device)
-        return (per_sample * weights).sum() * (self.place.world / planned.window_samples)
+            return self.weights.trainable.predict(self.family, draw, batch).float()
 
     def draw(self, step: int, planned: PlannedBatch, batch: Batch) -> tuple[Batch, Draw]:
         """The batch on its device and its random corruption, drawn on the CPU and copied."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,20 @@ class Timetable:
 
     @classmethod
     def of(
-        cls, schedule: ScheduleSettings, validation: ValidationSettings, windows_per_epoch: int
+        cls,
+        schedule: ScheduleSettings,
+        validation: ValidationSettings,
+        steps: Callable[[int], int],
     ) -> Timetable:
-        """The timetable of a run; `max_train_steps` alone turns epochs off."""
-        epochs = schedule.num_train_epochs * windows_per_epoch
+        """The timetable of a run; `max_train_steps` alone turns epochs off.
+
+        Args:
+            schedule: When the run ends and what it leaves.
+            validation: When it is looked at.
+            steps: How many optimizer steps so many epochs have.
+        """
         return cls(
-            schedule.max_train_steps or epochs,
+            schedule.max_train_steps or steps(schedule.num_train_epochs),
             {
                 "checkpoint": schedule.checkpoint_step_interval,
                 "validate": validation.validation_step_interval,

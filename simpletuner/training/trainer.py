@@ -96,7 +96,7 @@ class Trainer:
             window = self._window(state, told)
             # 2. one optimizer step
             outcome = self._stepper.step(state.step, window)
-            guard.watch()
+            guard.watch(outcome.loss)
             taken = _Taken(
                 state.step, outcome.lr, _Reading(outcome), window, 0.0, self._plan.epoch(state.step)
             )

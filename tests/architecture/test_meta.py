@@ -44,7 +44,8 @@ def test_an_optimizer_step_touches_no_cpu_tensor_and_waits_for_nothing(
 ) -> None:
     stepper = stepper_on_meta(family, request.getfixturevalue(folder), optimizer)
 
-    outcome = stepper.step(0, [micro_batch(family, first=0), micro_batch(family, first=2)])
+    kept = micro_batch(family, first=2, regularises=True, mask=torch.ones(2, 1, 8, 8))
+    outcome = stepper.step(0, [micro_batch(family, first=0), kept])
 
     assert outcome.loss.device.type == outcome.grad_norm.device.type == "meta"
     assert all(p.grad is not None for p in stepper.weights.trainable.parameters().values())
@@ -77,11 +78,13 @@ def stepper_on_meta(name: str, folder: Path, optimizer: str) -> Stepper:
     )
 
 
-def micro_batch(name: str, first: int) -> tuple[PlannedBatch, Batch]:
+def micro_batch(
+    name: str, first: int, regularises: bool = False, mask: torch.Tensor | None = None
+) -> tuple[PlannedBatch, Batch]:
     """Two samples of a window of four, on the CPU as the caches give them."""
     geometry = Geometry(source=SIZE, resize=SIZE, crop=(0, 0, *SIZE))
     samples = tuple(
-        Sample(id=f"{i:032x}", dataset="d", path=f"{i}.png", caption="a cat", geometry=geometry)
+        Sample(f"{i:032x}", "d", f"{i}.png", "a cat", geometry, regularises=regularises)
         for i in (first, first + 1)
     )
     planned = PlannedBatch(
@@ -98,4 +101,4 @@ def micro_batch(name: str, first: int) -> tuple[PlannedBatch, Batch]:
         "prompt_embeds": torch.zeros(2, tokens, 64),
         "pooled_prompt_embeds": torch.zeros(2, pooled),
     }
-    return planned, Batch(latents=torch.zeros(2, channels, 8, 8), embeds=embeds, samples=samples)
+    return planned, Batch(torch.zeros(2, channels, 8, 8), embeds, samples, mask)

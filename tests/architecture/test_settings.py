@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from simpletuner.config.load import load
 from simpletuner.config.root import Config
-from simpletuner.core.section import Section, hint_of
+from simpletuner.core.section import Section, hint_of, inner_section
 from simpletuner.core.table import Table
 from simpletuner.data.settings import DatasetSettings, TextEmbedsSettings
 from tests.architecture.source import ROOT, Module, modules
@@ -149,8 +149,15 @@ def _fields() -> Iterator[tuple[type[Section], str, FieldInfo]]:
     types = typing.get_type_hints(Config)
     sections = [types[name] for name in Config.model_fields]
     for section in (*sections, DatasetSettings, TextEmbedsSettings):
-        for name, field in section.model_fields.items():
-            yield section, name, field
+        yield from _fields_of(section)
+
+
+def _fields_of(section: type[Section]) -> Iterator[tuple[type[Section], str, FieldInfo]]:
+    """The settings of one section, and of the sections that some of them take."""
+    for name, field in section.model_fields.items():
+        yield section, name, field
+        if inner := inner_section(field):
+            yield from _fields_of(inner)
 
 
 def _tables() -> list[tuple[Table, str]]:

@@ -14,8 +14,11 @@ import pytest
 from simpletuner.core.errors import DataError
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import PlannedBatch
-from simpletuner.data.plan import BatchPlan, mix
+from simpletuner.data.phases import Span
+from simpletuner.data.plan import BatchPlan
+from simpletuner.data.units import mix
 
+EVERYWHERE = Span()
 SIDES = (256, 320, 384, 448, 512, 576, 640)
 
 
@@ -26,24 +29,36 @@ class Pictures:
     buckets: np.ndarray
     repeats: int = 0
     probability: float = 1.0
+    train_batch_size: int | None = None
+    span: Span = EVERYWHERE
 
 
 @dataclass(frozen=True)
 class Case:
+    """The batch sizes are those of all ranks."""
+
     sources: tuple[Pictures, ...]
     unit: int
     accumulation: int
     epoch: int
     seed: int
+    sampling: str = "auto-weighting"
 
     def plan(self, world: int = 1) -> BatchPlan:
         return BatchPlan.of(
-            self.sources,
+            [
+                replace(source, train_batch_size=(source.train_batch_size or 0) // world or None)
+                for source in self.sources
+            ],
             train_batch_size=self.unit // world,
             gradient_accumulation_steps=self.accumulation,
+            data_backend_sampling=self.sampling,
             seeds=Seeds(self.seed),
             world=world,
         )
+
+    def batch(self, source: int) -> int:
+        return self.sources[source].train_batch_size or self.unit
 
     @property
     def worlds(self) -> tuple[int, ...]:
@@ -71,15 +86,24 @@ def case(number: int) -> Case:
             rng.randint(1, 12),
             repeats=rng.randint(0, 3),
             probability=rng.choice((0.2, 0.7, 1.0)) if weighted else 1.0,
+            train_batch_size=rng.choice((None, None, 4, 8)),
         )
         for i in range(count)
     )
     return Case(
-        sources, rng.choice((1, 4, 8, 12)), rng.randint(1, 5), rng.choice((0, 3)), rng.randint(0, 9)
+        sources,
+        rng.choice((1, 4, 8, 12)),
+        rng.randint(1, 5),
+        rng.choice((0, 3)),
+        rng.randint(0, 9),
+        rng.choice(("auto-weighting", "uniform")),
     )
 
 
 CASES = [pytest.param(case(number), id=str(number)) for number in range(100)]
+MIXED = [
+    pytest.param(replace(case(number), sampling="mix"), id=f"mix {number}") for number in range(30)
+]
 
 
 def epoch_of(plan: BatchPlan, epoch: int, rank: int = 0) -> list[tuple[PlannedBatch, ...]]:
@@ -130,7 +154,7 @@ def test_every_sample_comes_repeats_plus_one_times_per_epoch_on_exactly_one_rank
         assert plan.samples_per_epoch == wanted.total()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *MIXED])
 def test_all_ranks_run_the_same_shapes_and_know_the_whole_window(case: Case) -> None:
     for world in case.worlds:
         plan = case.plan(world)
@@ -143,12 +167,13 @@ def test_all_ranks_run_the_same_shapes_and_know_the_whole_window(case: Case) -> 
                 source = case.sources[shares[0].source]
                 shapes = {tuple(source.buckets[row]) for share in shares for row in share.rows}
                 assert len(shapes) == 1
-                assert all(1 <= len(share.rows) <= case.unit // world for share in shares)
+                most = case.batch(shares[0].source) // world
+                assert all(1 <= len(share.rows) <= most for share in shares)
             total = sum(weight for w in windows for batch in w for weight in batch.weights)
             assert {batch.window_samples for w in windows for batch in w} == {total}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *MIXED])
 def test_positions_number_the_window_without_gap_over_all_ranks(case: Case) -> None:
     for world in case.worlds:
         plan = case.plan(world)
@@ -159,7 +184,7 @@ def test_positions_number_the_window_without_gap_over_all_ranks(case: Case) -> N
             assert all(0 <= p < len(taken) for batch in window for p in batch.positions)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *MIXED])
 def test_the_sequence_of_units_does_not_depend_on_the_number_of_ranks(case: Case) -> None:
     sequences = []
     for world in case.worlds:
@@ -169,7 +194,7 @@ def test_the_sequence_of_units_does_not_depend_on_the_number_of_ranks(case: Case
     assert all(sequence == sequences[0] for sequence in sequences)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *MIXED])
 def test_a_window_is_the_same_from_a_fresh_plan_and_in_any_order_of_asking(case: Case) -> None:
     plan = case.plan()
     steps = list(range(2 * plan.windows_per_epoch))
@@ -193,7 +218,7 @@ def test_an_epoch_is_told_by_its_windows_and_draws_its_samples(case: Case) -> No
     assert drawn == [plan.samples_per_epoch] * 2
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *MIXED])
 def test_the_order_of_files_and_of_datasets_changes_nothing(case: Case) -> None:
     rng = np.random.default_rng(case.seed)
     orders = [rng.permutation(len(source.keys)) for source in case.sources]
@@ -217,11 +242,21 @@ def one(count: int, **rest: object) -> Pictures:
     return pictures(random.Random(5), "one", count, 1, **rest)
 
 
-def plan_of(*sources: Pictures, batch: int = 4, accumulation: int = 1, seed: int = 0) -> BatchPlan:
+EARLY = pictures(random.Random(6), "early", 4, 1)
+
+
+def plan_of(
+    *sources: Pictures,
+    batch: int = 4,
+    accumulation: int = 1,
+    seed: int = 0,
+    sampling: str = "auto-weighting",
+) -> BatchPlan:
     return BatchPlan.of(
         sources,
         train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
+        data_backend_sampling=sampling,
         seeds=Seeds(seed),
     )
 
@@ -264,26 +299,6 @@ def test_a_rank_without_a_share_gets_a_ghost() -> None:
     assert {share.window_samples for share in shares} == {1}
 
 
-def test_datasets_come_in_proportion_to_their_sizes_all_through_the_epoch() -> None:
-    big = pictures(random.Random(1), "big", 3000, 3)
-    small = pictures(random.Random(2), "small", 1000, 3)
-    plan = plan_of(big, small, batch=1)
-    for part in range(4):
-        drawn = Counter(plan.window(part * 1000 + step)[0].source for step in range(1000))
-        assert drawn[1] == pytest.approx(250, abs=3)
-
-
-def test_probabilities_are_rates_until_a_dataset_is_exhausted() -> None:
-    sources = [
-        pictures(random.Random(i), str(i), 2000, 2, probability=probability)
-        for i, probability in enumerate((0.7, 0.2, 0.1))
-    ]
-    plan = plan_of(*sources, batch=1)
-    drawn = Counter(plan.window(step)[0].source for step in range(2000))
-    assert [drawn[i] for i in range(3)] == pytest.approx([1400, 400, 200], abs=3)
-    assert plan.samples_per_epoch == 6000
-
-
 def test_probability_zero_is_never_drawn() -> None:
     plan = plan_of(one(8), replace(one(8), id="off", probability=0.0))
     assert {batch.source for window in epoch_of(plan, 0) for batch in window} == {0}
@@ -309,11 +324,28 @@ def test_the_fingerprint_names_what_changed() -> None:
         "train_batch_size": plan_of(base, batch=2),
         "gradient_accumulation_steps": plan_of(base, accumulation=2),
         "seed": plan_of(base, seed=1),
+        "data_backend_sampling": plan_of(base, sampling="mix"),
+        "dataset one: train_batch_size": plan_of(replace(base, train_batch_size=2)),
+        "dataset one: start_epoch": plan_of(replace(base, span=Span(start_epoch=2)), EARLY),
+        "dataset one: end_epoch": plan_of(replace(base, span=Span(end_epoch=2))),
+        "dataset one: start_step": plan_of(replace(base, span=Span(start_step=2)), EARLY),
+        "dataset one: end_step": plan_of(replace(base, span=Span(end_step=2))),
     }
     before = plan_of(base).fingerprint
     assert set(before) == set(changes)
     for name, plan in changes.items():
-        assert {k for k, v in plan.fingerprint.items() if v != before[k]} == {name}
+        now = {k: v for k, v in plan.fingerprint.items() if "early" not in k}
+        found = {k for k, v in now.items() if v != before[k]}
+        # A dataset that takes the run's batch size says so, and a resume compares the run's.
+        assert found - (
+            {"dataset one: train_batch_size"} if name == "train_batch_size" else set()
+        ) == {name}
+
+
+def test_other_spellings_of_the_same_plan_have_the_same_fingerprint() -> None:
+    base, same = one(8), Span(end_epoch=0, start_step=0, end_step=-1)
+    assert plan_of(replace(base, span=same)).fingerprint == plan_of(base).fingerprint
+    assert plan_of(replace(base, train_batch_size=4)).fingerprint == plan_of(base).fingerprint
 
 
 def test_the_hash_is_splitmix64() -> None:

@@ -130,6 +130,27 @@ def test_two_datasets_are_drawn_by_repeats_and_probability(bench: Bench, tmp_pat
     assert json.loads((run.out / "run.json").read_text())["result"]["samples_seen"] == 8
 
 
+def test_several_resolutions_of_one_entry_are_trained_beside_each_other(
+    bench: Bench, tmp_path: Path
+) -> None:
+    run = bench.fresh(tmp_path)
+    run.dataset |= {"resolution": [32, 64], "cache_dir_vae": str(tmp_path / "vae")}
+    del run.settings["max_train_steps"]
+    assert run.train(num_train_epochs=1) == 0
+    assert json.loads((run.out / "run.json").read_text())["result"]["samples_seen"] == 2 * 8
+    assert run.events("run.started")[0]["summary"]["data"].startswith("pictures-32: 8 pictures in")
+    assert {path.name for path in (tmp_path / "vae").iterdir()} == {"32", "64"}
+
+
+def test_buckets_that_do_not_fill_the_batch_of_the_run_are_rare(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = bench.fresh(tmp_path)
+    # Four shapes of two pictures each.
+    assert run.train(rare_buckets="drop", train_batch_size=3) == 3
+    assert "8 left out by rare_buckets" in capsys.readouterr().err
+
+
 def test_without_a_cache_every_visit_has_a_crop_of_its_own_and_nothing_is_kept(
     bench: Bench, tmp_path: Path, monkeypatch: Patch
 ) -> None:

@@ -38,35 +38,54 @@ def run(arguments: Sequence[str]) -> int:
         print(HELP, end="")
         return 0
     loaded = load(arguments, os.environ, Path.cwd())
-    _refuse_pending(loaded)
-    _refuse_missing_folders(loaded)
+    refuse_pending(loaded)
+    refuse_missing_folders(loaded)
     for name, value in loaded.exports.items():
         os.environ.setdefault(name, value)  # a shell-syntax file's exports; the shell's own win
-    folder = _open_folder(loaded.config.runtime.output_dir)
+    folder = open_folder(loaded.config.runtime.output_dir)
     with folder.locked():
         log_to(folder.log)
         _train(loaded, folder)
     return 0
 
 
-def _refuse_pending(loaded: Loaded) -> None:
+def refuse_pending(loaded: Loaded) -> None:
+    """Refuse settings that are not built yet.
+
+    Raises:
+        ConfigError: Names each of them.
+    """
     if loaded.pending:
         raise ConfigError(
             problems=loaded.pending, fix="remove these settings; `simpletuner check` shows the rest"
         )
 
 
-def _refuse_missing_folders(loaded: Loaded) -> None:
+def refuse_missing_folders(loaded: Loaded) -> None:
+    """Refuse datasets whose folder is not there.
+
+    Raises:
+        DataError: Names each of them.
+    """
+    datasets = loaded.datasets
     missing = [
         f"{entry.id}: instance_data_dir {entry.instance_data_dir} does not exist"
-        for entry in loaded.datasets.training
+        for entry in (*datasets.training, *datasets.masks.values())
         if not Path(entry.instance_data_dir).is_dir()
     ]
     if missing:
-        raise DataError("\n".join(missing), fix="correct the path, or set the entry disabled: true")
+        raise DataError(
+            "\n".join(dict.fromkeys(missing)),
+            fix="correct the path, or set the entry disabled: true",
+        )
 
 
-def _open_folder(output_dir: str | Path) -> RunFolder:
+def open_folder(output_dir: str | Path) -> RunFolder:
+    """The output folder, made if it is not there.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
     root = Path(output_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -20,14 +20,14 @@ class FileFacts:
 
 
 class Storage(Protocol):
-    """A read-only tree of files; keys are relative paths with ``/``."""
+    """A read-only tree of files; keys are relative paths with ``/``, or web addresses."""
 
     @property
     def title(self) -> str:
         """Where it is, for messages."""
 
     def keys(self) -> list[str]:
-        """Every picture, sorted.
+        """Every picture, sorted; where pictures are named by a table, those that are missing too.
 
         Raises:
             DataError: The place does not exist or cannot be listed.
@@ -41,4 +41,10 @@ class Storage(Protocol):
         """
 
     def facts(self, key: str) -> FileFacts | None:
-        """Size and time of a file, or None where there is none."""
+        """Size and time of a file; None where there is none, or none before it is read."""
+
+
+def is_text(name: str) -> bool:
+    """True unless `name` holds bytes that are not UTF-8, which no table can hold."""
+    # Such a byte comes out of the file system as a lone surrogate.
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)

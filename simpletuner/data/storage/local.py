@@ -45,14 +45,21 @@ class LocalStorage:
         return sorted(self._walk(self.root, "", frozenset()))
 
     def read(self, key: str) -> bytes:
-        """The bytes of a file."""
-        return (self.root / key).read_bytes()
+        """The bytes of a file.
+
+        Raises:
+            OSError: There is none, it is no regular file, or it cannot be read.
+        """
+        path = self.root / key
+        if "\0" in key or not S_ISREG(path.stat().st_mode):  # a pipe would never end
+            raise OSError("not a file")
+        return path.read_bytes()
 
     def facts(self, key: str) -> FileFacts | None:
         """Size and time of a file, or None where there is none."""
         try:
             found = (self.root / key).stat()
-        except (FileNotFoundError, NotADirectoryError):
+        except (OSError, ValueError):  # reading it says why
             return None
         return FileFacts(found.st_size, found.st_mtime_ns) if S_ISREG(found.st_mode) else None
 

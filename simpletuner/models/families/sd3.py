@@ -84,7 +84,7 @@ class SD3(Family):
         Raises:
             ModelError: A checkpoint without T5.
         """
-        if not all(self.checkpoint.index.get("text_encoder_3") or [None]):
+        if not self.checkpoint.has("text_encoder_3"):
             raise ModelError(
                 f"{self.checkpoint.label} has no T5 (text_encoder_3)",
                 fix="name a checkpoint with all three text encoders",

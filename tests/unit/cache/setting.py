@@ -82,8 +82,8 @@ def picture(path: Path, number: int, size: tuple[int, int] = (80, 80)) -> Path:
     return path
 
 
-def dataset(root: Path, name: str = "set", **more: Any) -> DataSource:
-    """The dataset of the pictures in `root`/`name`."""
+def dataset(root: Path, name: str = "set", masks: str = "", **more: Any) -> DataSource:
+    """The dataset of the pictures in `root`/`name`, with the masks in `root`/`masks`."""
     settings = DatasetSettings(
         **{
             "id": name,
@@ -95,7 +95,13 @@ def dataset(root: Path, name: str = "set", **more: Any) -> DataSource:
             **more,
         }
     )
-    return DataSource.open(settings, index_folder=root / "index", bus=Bus())
+    beside = {"id": masks, "conditioning_type": "mask", "instance_data_dir": root / masks}
+    return DataSource.open(
+        settings,
+        index_folder=root / "index",
+        masks=DatasetSettings(**beside) if masks else None,
+        bus=Bus(),
+    )
 
 
 def latent_cache(

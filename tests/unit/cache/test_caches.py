@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from simpletuner.cache.caches import Caches
+from simpletuner.cache.caches import Caches, masks
+from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.cache.text import TextCache
 from simpletuner.core.events import Bus
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import PlannedBatch
-from tests.unit.cache.setting import PLACE, dataset, latent_cache, picture, watched
+from tests.unit.cache.setting import (
+    PLACE,
+    Watched,
+    dataset,
+    latent_cache,
+    picture,
+    read,
+    watched,
+)
+
+SEEDS = Seeds(3)
 
 
 @pytest.mark.parametrize("mode", [{}, {"vae_cache_ondemand": True}])
@@ -29,7 +43,7 @@ def test_every_row_of_a_batch_is_one_pictures_latents_caption_and_sample(
     )
     latents = latent_cache(family, *sources)
     text = TextCache(family, TensorStore.open(tmp_path / "text"), PLACE)
-    text.prepare([c for source in sources for c in source.all_captions()], Bus())
+    text.prepare({source.id: source.all_captions() for source in sources}, Bus())
     latents.prepare(sources, Bus())
     caches = Caches(sources, latents, text, Seeds(3))
     planned = PlannedBatch(
@@ -53,3 +67,97 @@ def test_every_row_of_a_batch_is_one_pictures_latents_caption_and_sample(
             assert torch.equal(batch.embeds[name][i], value[0])
     assert torch.equal(batch.latents[1], batch.latents[3])
     caches.close()
+
+
+MODES = ({}, {"vae_cache_ondemand": True}, {"vae_cache_disable": True})
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["ahead", "on demand", "never kept"])
+def test_latents_caption_and_mask_of_a_draw_belong_to_one_picture(
+    tiny_sdxl: Path, tmp_path: Path, mode: dict[str, bool]
+) -> None:
+    """For batches of 1 to 8 with an unreadable picture in the middle, and another ahead."""
+    settings = {"caption_strategy": "textfile", "caption_dropout_probability": 0, **mode}
+    names = [f"{i}.png" for i in range(10)]
+    for i, name in enumerate(names):
+        # What belongs to a picture says so itself; and each is alone in a dataset of its own.
+        for root in (tmp_path / "all", tmp_path / "alone" / str(i)):
+            picture(root / "set" / name, i).with_suffix(".txt").write_text(f"caption {i}")
+            (root / "masks").mkdir(exist_ok=True)
+            Image.new("L", (40, 40), 20 * i).save(root / "masks" / name)
+    (tmp_path / "all/set/4.png").write_bytes(b"no picture")
+    if not mode:
+        torn = tmp_path / "all/set/5.png"
+        torn.write_bytes(torn.read_bytes()[:-60])
+    family = watched(tiny_sdxl)
+    latents, text = open_caches(family, tmp_path / "all", settings)
+    source = dataset(tmp_path / "all", "set", "masks", **settings)
+    (source,) = latents.prepare([source], Bus())
+    text.prepare({source.id: source.all_captions()}, Bus())
+    caches = Caches((source,), latents, text, SEEDS)
+    numbers = [int(Path(source.path(row)).stem) for row in range(len(source))]
+    assert numbers == [i for i in range(10) if i != 4 and (mode or i != 5)]
+    expected = [alone(family, tmp_path / "alone" / str(i), settings) for i in numbers]
+
+    for size in range(1, 9):
+        rows = tuple((3 + 5 * i) % len(numbers) for i in range(size))
+        batch = caches.batch(planned(rows))
+        assert batch.mask is not None
+        for i, row in enumerate(rows):
+            number, latent = numbers[row], batch.latents[i]
+            assert batch.samples[i].caption == f"caption {number}"
+            for name, value in caches.embeds([f"caption {number}"]).items():
+                assert torch.equal(batch.embeds[name][i], value[0])
+            torch.testing.assert_close(latent, expected[row], atol=1e-4, rtol=1e-4)
+            assert torch.allclose(batch.mask[i], torch.tensor(20 * number / 255))
+    caches.close()
+
+
+def test_a_mask_is_the_share_of_each_latent_cell_that_is_white(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    picture(tmp_path / "set/a.png", 0, (64, 64))
+    (tmp_path / "masks").mkdir()
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :20] = 255
+    Image.fromarray(mask).save(tmp_path / "masks/a.png")
+    source = dataset(tmp_path, "set", "masks", masked_loss_probability=0.5)
+    draws = [source.sample(0, epoch, 0, SEEDS) for epoch in range(20)]
+    on = next(sample for sample in draws if sample.masked)
+    off = next(sample for sample in draws if not sample.masked)
+
+    found = masks(source, (0, 0), (off, on), (8, 8))
+
+    assert found is not None
+    assert (found[0] == 1).all()
+    assert found[1, 0, 0].tolist() == [1, 1, 0.5, 0, 0, 0, 0, 0]
+    assert masks(source, (0,), (off,), (8, 8)) is None
+
+
+def planned(rows: tuple[int, ...]) -> PlannedBatch:
+    count = len(rows)
+    return PlannedBatch(
+        source=0,
+        rows=rows,
+        occurrences=(0,) * count,
+        weights=(1.0,) * count,
+        positions=tuple(range(count)),
+        window_samples=count,
+        epoch=0,
+    )
+
+
+def open_caches(
+    family: Watched, root: Path, settings: dict[str, Any]
+) -> tuple[LatentCache, TextCache]:
+    latents = latent_cache(family, dataset(root, "set", **settings, allow_excluded=True), seed=3)
+    return latents, TextCache(family, TensorStore.open(root / "text"), PLACE)
+
+
+def alone(family: Watched, root: Path, settings: dict[str, Any]) -> torch.Tensor:
+    """The latents of the only picture there is."""
+    latents, _ = open_caches(family, root, settings)
+    (source,) = latents.prepare([dataset(root, "set", **settings)], Bus())
+    found = read(latents, source, 0)
+    latents.close()
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ import torch
 from simpletuner.cache.store import TensorStore
 from simpletuner.cache.text import TextCache
 from simpletuner.core.errors import CacheError
-from simpletuner.core.events import Bus, Stage
+from simpletuner.core.events import Bus, Notice, Stage
+from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Place
 from tests.runs import fill_the_memory
-from tests.unit.cache.setting import PLACE, Heard, Watched, watched
+from tests.unit.cache.setting import PLACE, Heard, Watched, dataset, picture, watched
 
 CAPTIONS = ["a red cat", "", "a blue dog", "a red cat", "two birds"]
 
@@ -21,7 +23,7 @@ CAPTIONS = ["a red cat", "", "a blue dog", "a red cat", "two birds"]
 def test_what_is_read_is_what_the_stock_pipeline_gives(tiny_sdxl: Path, tmp_path: Path) -> None:
     family = watched(tiny_sdxl)
     cache = TextCache(family, TensorStore.open(tmp_path), PLACE, batch_size=3)
-    cache.prepare(CAPTIONS, Bus())
+    cache.prepare({"set": CAPTIONS}, Bus())
     embeds = cache.embeds(["two birds", "", "two birds"])
     pipe = family.open_text(PLACE)
     with torch.no_grad():
@@ -37,14 +39,16 @@ def test_only_missing_captions_are_encoded_and_the_encoders_are_freed(
     tiny_sdxl: Path, tmp_path: Path
 ) -> None:
     family = watched(tiny_sdxl)
-    TextCache(family, TensorStore.open(tmp_path), PLACE, batch_size=3).prepare(CAPTIONS, Bus())
+    TextCache(family, TensorStore.open(tmp_path), PLACE, batch_size=3).prepare(
+        {"set": CAPTIONS}, Bus()
+    )
     assert family.batches == [3, 1]
     assert [opened() for opened in family.opened] == [None]
 
     again = TextCache(family, TensorStore.open(tmp_path), PLACE, batch_size=3)
-    again.prepare(CAPTIONS, Bus())
+    again.prepare({"set": CAPTIONS}, Bus())
     assert len(family.opened) == 1, "nothing is missing, so no encoder is opened"
-    again.prepare([*CAPTIONS, "a new one"], Bus())
+    again.prepare({"set": [*CAPTIONS, "a new one"]}, Bus())
     assert family.batches == [3, 1, 1]
 
 
@@ -52,8 +56,8 @@ def test_progress_counts_what_is_encoded(tiny_sdxl: Path, tmp_path: Path) -> Non
     heard = Heard()
     bus = Bus([heard])
     cache = TextCache(watched(tiny_sdxl), TensorStore.open(tmp_path), PLACE, batch_size=3)
-    cache.prepare(CAPTIONS, bus)
-    cache.prepare(CAPTIONS, bus)
+    cache.prepare({"set": CAPTIONS}, bus)
+    cache.prepare({"set": CAPTIONS}, bus)
     bus.close()
     told = [(e.state, e.done, e.total, e.note) for e in heard.events if isinstance(e, Stage)]
     assert told == [
@@ -69,11 +73,11 @@ def test_embeddings_keep_the_encoders_dtype_and_each_dtype_has_its_own(
     tiny_sdxl: Path, tmp_path: Path
 ) -> None:
     family = watched(tiny_sdxl)
-    TextCache(family, TensorStore.open(tmp_path), PLACE).prepare(["a cat"], Bus())
+    TextCache(family, TensorStore.open(tmp_path), PLACE).prepare({"set": ["a cat"]}, Bus())
     half = TextCache(family, TensorStore.open(tmp_path), Place(torch.device("cpu"), torch.bfloat16))
     with pytest.raises(CacheError, match="'a cat' is not in the cache"):
         half.embeds(["a cat"])
-    half.prepare(["a cat"], Bus())
+    half.prepare({"set": ["a cat"]}, Bus())
     assert half.embeds(["a cat"])["prompt_embeds"].dtype == torch.bfloat16
 
 
@@ -113,7 +117,7 @@ def test_a_memory_that_is_full_while_encoding_says_what_takes_less_and_keeps_the
         batch_size=together,
     )
     with pytest.raises(CacheError) as caught:
-        cache.prepare(CAPTIONS, Bus())
+        cache.prepare({"set": CAPTIONS}, Bus())
     assert str(caught.value) == f"the memory is full while encoding {said}"
     assert len(TensorStore.open(tmp_path)) == together
 
@@ -126,3 +130,44 @@ def test_the_trainers_own_layouts_are_all_it_takes(tiny_sdxl: Path, tmp_path: Pa
 
     with pytest.raises(NotImplementedError, match="'prompt_embeds': 'ragged'"):
         TextCache(Ragged(family.checkpoint), TensorStore.open(tmp_path), PLACE)
+
+
+def test_edited_captions_are_cached_and_a_change_encodes_only_what_it_changes(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    for number, name in enumerate(("a_red,_big_cat", "dog", "ox")):
+        picture(tmp_path / "set" / f"{name}.png", number)
+    family = watched(tiny_sdxl)
+    cache = TextCache(family, TensorStore.open(tmp_path / "text"), PLACE, batch_size=9)
+
+    def encoded(**settings: Any) -> int:
+        source, before = dataset(tmp_path, **settings), sum(family.batches)
+        cache.prepare({"set": source.all_captions()}, Bus())
+        for epoch in range(20):
+            samples = [source.sample(row, epoch, 0, Seeds(1)) for row in range(len(source))]
+            cache.embeds([sample.caption for sample in samples])
+        return sum(family.batches) - before
+
+    assert encoded() == 4, "three names and the empty caption"
+    assert encoded(caption_filter_list=("dog",)) == 0, "nothing is left of it: the empty caption"
+    assert encoded(caption_filter_list=("s/dog/hound/",)) == 1
+    assert encoded(caption_shuffle={"enable": True, "count": 20}) == 1, "of two tags, one order"
+    assert encoded(caption_prefix="photo of") == 3
+
+
+def test_captions_the_encoders_see_in_part_are_told_once_for_their_dataset(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    heard = Heard()
+    bus = Bus([heard])
+    cache = TextCache(watched(tiny_sdxl), TensorStore.open(tmp_path), PLACE, batch_size=9)
+    captions = {"dataset cats": ["a " * 90, "cat"], "dataset dogs": ["dog"]}
+    cache.prepare(captions, bus)
+    cache.prepare(captions, bus)
+    bus.close()
+    (told,) = [event for event in heard.events if isinstance(event, Notice)]
+    assert told.level == "warning"
+    assert told.text.startswith(
+        "dataset cats: 1 of 2 captions are longer than the 77 tokens text_encoder and"
+        " text_encoder_2 see; what comes after is not learned; the longest has 92: a a a"
+    )

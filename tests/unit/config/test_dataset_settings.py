@@ -50,8 +50,60 @@ def test_either_place_turns_caching_off() -> None:
         ({"maximum_image_size": 1024}, "maximum_image_size", "needs target_downsample_size"),
         ({"resolution_type": "area"}, "resolution", "counts megapixels"),
         ({"resolution": 1.0}, "resolution", "counts px"),
+        (
+            {"resolution": 1024, "resolution_type": "max_pixels"},
+            "resolution",
+            "a square of 1024 px has 1048576",
+        ),
+        ({"crop": True, "crop_aspect": "closest"}, "crop_aspect", "needs crop_aspect_buckets"),
+        ({"crop": True, "crop_aspect": "random"}, "crop_aspect", "needs crop_aspect_buckets"),
+        (
+            {"crop_aspect": "closest", "crop_aspect_buckets": [1]},
+            "crop_aspect",
+            "closest needs crop true",
+        ),
+        (
+            {"crop_aspect_buckets": [1]},
+            "crop_aspect_buckets",
+            "closest and random, not square; set one",
+        ),
+        (
+            {
+                "crop": True,
+                "crop_aspect": "closest",
+                "crop_aspect_buckets": [{"aspect": 1, "weight": 1}],
+            },
+            "crop_aspect_buckets",
+            "weight is for crop_aspect random",
+        ),
         ({"caption_strategy": "instanceprompt"}, "caption_strategy", "needs instance_prompt"),
         ({"prepend_instance_prompt": True}, "prepend_instance_prompt", "needs instance_prompt"),
+        ({"caption_strategy": "jsonl"}, "caption_strategy", "jsonl needs dataset_metadata_path"),
+        ({"metadata_backend": "parquet"}, "metadata_backend", "parquet needs dataset_metadata"),
+        ({"parquet": {"path": "t"}}, "parquet", "changes nothing; set caption_strategy or"),
+        (
+            {"dataset_metadata_path": "t.csv", "parquet": {"path": "t"}},
+            "dataset_metadata_path",
+            "and parquet are two tables",
+        ),
+        ({"caption_column": "text"}, "caption_column", "is of dataset_metadata_path"),
+        ({"data_file_keys": ["text"]}, "data_file_keys", "is of dataset_metadata_path"),
+        ({"type": "csv", "caption_strategy": "filename"}, "type", "csv needs csv_file"),
+        ({"type": "csv", "csv_file": "t.csv"}, "csv_file", "needs csv_caption_column"),
+        (
+            {
+                "type": "csv",
+                "csv_file": "t.csv",
+                "csv_caption_column": "text",
+                "metadata_backend": "discovery",
+            },
+            "metadata_backend",
+            "no folder to look into",
+        ),
+        ({"csv_file": "t.csv"}, "csv_file", "is read under type csv only"),
+        ({"default_caption": "x"}, "default_caption", "textfile, parquet, csv, json, jsonl only"),
+        ({"start_step": 9, "end_step": 8}, "end_step", "8 is before start_step (9)"),
+        ({"start_epoch": 3, "end_epoch": 1}, "end_epoch", "1 is before start_epoch (3)"),
         (
             {"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1},
             "minimum_aspect_ratio",
@@ -63,6 +115,22 @@ def test_contradictions_in_a_dataset_are_named(keys: dict[str, Any], key: str, s
     [(found, sentence)] = contradictions(resolved(**keys))
     assert found == key
     assert says in sentence
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet"])
+def test_a_table_gives_the_pictures_and_their_captions_unless_told_otherwise(ending: str) -> None:
+    path = f"t.{ending}"
+    settings = resolved(DataSettings(caption_strategy="textfile"), dataset_metadata_path=path)
+    assert (settings.metadata_backend, settings.caption_strategy) == ("parquet", ending)
+    own = {"metadata_backend": "discovery", "caption_strategy": "textfile"}
+    settings = resolved(dataset_metadata_path=path, **own)
+    assert (settings.metadata_backend, settings.caption_strategy) == ("discovery", "textfile")
+
+
+def test_repeats_are_counted_in_one_way_only() -> None:
+    assert resolved(dataset_repeat=50).repeats == 49
+    with pytest.raises(ValidationError, match="repeats and dataset_repeat say the same"):
+        picture_set(repeats=3, dataset_repeat=4)
 
 
 def test_a_dataset_of_pictures_needs_a_folder() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from simpletuner.data.size_settings import shapes_of
 from tests.unit.config.workplace import PICTURES, Workplace
 
 
@@ -99,7 +100,7 @@ def test_slips_in_an_entry_have_their_line(place: Workplace) -> None:
     found = {(p.line, p.key, p.message) for p in place.problems()}
 
     assert (3, "crop_aspct", "unknown setting; did you mean crop_aspect?") in found
-    assert (4, "resolution", 'must be a number, got "many"') in found
+    assert (4, "resolution", 'must be a number or a list of numbers, got "many"') in found
     assert (
         5,
         "type",
@@ -137,6 +138,82 @@ def test_two_sets_in_one_cache_folder_are_refused(place: Workplace) -> None:
     assert "datasets pictures and b share the folder" in place.messages()[0]
 
 
+def test_a_list_of_resolutions_is_a_dataset_for_each(place: Workplace) -> None:
+    own = {**PICTURES, "id": "cats", "resolution": [512, 768.5], "cache_dir_vae": "/vae/{id}"}
+    one = {**PICTURES, "id": "dogs", "resolution": 256, "repeats": 2}
+    place.config(resolution=[1024], output_dir="/out")
+    place.datasets("", own, one, {**PICTURES, "id": "all", "repeats": 3})
+
+    training = place.load().datasets.training
+
+    assert [(each.id, each.resolution, each.repeats) for each in training] == [
+        ("cats-512", 512, 0),
+        ("cats-768.5", 768.5, 0),
+        ("dogs", 256, 2),
+        ("all-1024", 1024, 3),
+    ]
+    assert [each.cache_dir_vae for each in training] == [
+        Path("/vae/cats/512"),
+        Path("/vae/cats/768.5"),
+        Path("/out/cache/vae/sdxl/dogs"),
+        Path("/out/cache/vae/sdxl/all/1024"),
+    ]
+    assert len({each.instance_data_dir for each in training}) == 1
+
+
+def test_several_resolutions_may_also_be_a_flag(place: Workplace) -> None:
+    training = place.load("--resolution=512,768").datasets.training
+
+    assert [each.id for each in training] == ["pictures-512", "pictures-768"]
+
+
+def test_two_datasets_of_one_id_by_their_resolutions_are_refused(place: Workplace) -> None:
+    place.datasets("", {**PICTURES, "resolution": [512, 768]}, {**PICTURES, "id": "pictures-512"})
+    assert place.messages()[0].startswith("id: 2 datasets have the id 'pictures-512'")
+
+    place.datasets("", {**PICTURES, "resolution": [512, 512]})
+    assert place.messages()[0].startswith("id: 2 datasets have the id 'pictures-512'")
+
+
+def test_what_is_wrong_with_each_resolution_is_said_once(place: Workplace) -> None:
+    place.datasets("", {**PICTURES, "resolution": [512, 768], "maximum_image_size": 1024})
+    (message,) = place.messages()
+    assert message.startswith("maximum_image_size: needs target_downsample_size")
+
+    place.datasets("", {**PICTURES, "resolution": [512, 0.5]})
+    (message,) = place.messages()
+    assert message.startswith("resolution: counts px under resolution_type pixel_area, got 0.5")
+
+    for wrong in ([], [512, -1]):
+        place.datasets("", {**PICTURES, "resolution": wrong})
+        (message,) = place.messages()
+        assert "lists no size" in message or "must be more than 0, got -1" in message
+
+
+def test_shapes_are_read_as_numbers_and_as_objects(place: Workplace) -> None:
+    shapes = {"crop": True, "crop_aspect": "random"}
+    listed = [1, {"aspect": 1.5, "weight": 2}, {"aspect": 2}]
+    place.datasets("", {**PICTURES, **shapes, "crop_aspect_buckets": listed})
+    assert shapes_of(place.load().datasets.training[0]) == [(1, 1), (1.5, 2), (2, 1)]
+
+    for wrong in ([{"ratio": 1}], [0], [{"aspect": 1, "weight": 0}], [{"aspect": 1, "of": 2}]):
+        place.datasets("", {**PICTURES, **shapes, "crop_aspect_buckets": wrong})
+        (message,) = place.messages()
+        assert message.startswith("crop_aspect_buckets: takes numbers above 0, width over height")
+
+
+def test_bucket_pruning_drops_rare_buckets_unless_said_otherwise(place: Workplace) -> None:
+    def policies() -> list[str]:
+        return [each.rare_buckets for each in place.load().datasets.training]
+
+    place.datasets("", PICTURES, {**PICTURES, "id": "b", "rare_buckets": "merge"})
+    assert policies() == ["keep", "merge"]
+    place.config(disable_bucket_pruning=False)
+    assert policies() == ["drop", "merge"]
+    place.config(disable_bucket_pruning=False, rare_buckets="keep")
+    assert policies() == ["keep", "merge"]
+
+
 def test_a_folder_of_pictures_that_is_not_there_is_only_noted(place: Workplace) -> None:
     place.datasets("", {**PICTURES, "instance_data_dir": "later"})
 
@@ -161,3 +238,61 @@ def test_the_file_is_found_beside_the_settings_in_config_and_in_the_output_folde
     assert place.messages("--data_backend_config=lost.json") == [
         "--data_backend_config: lost.json does not exist"
     ]
+
+
+def test_a_run_with_nothing_to_draw_is_refused_as_far_as_it_shows_without_pictures(
+    place: Workplace,
+) -> None:
+    place.config(max_train_steps=100)
+    place.datasets("", {**PICTURES, "start_step": 2}, {**PICTURES, "id": "b", "start_step": 9})
+    assert place.messages() == [
+        "start_step: no dataset is drawn from in step 1; let one begin with it"
+    ]
+
+    place.datasets("", {**PICTURES, "end_step": 50}, {**PICTURES, "id": "b", "start_step": 52})
+    assert place.messages() == [
+        "end_step: no dataset is drawn from in step 51; let one last longer, or end the run with"
+        " step 50"
+    ]
+
+    place.datasets("", {**PICTURES, "end_step": 50}, {**PICTURES, "id": "b", "start_step": 51})
+    assert place.messages() == []
+
+    place.config(num_train_epochs=3)
+    place.datasets("", {**PICTURES, "end_epoch": 2})
+    assert place.messages()[0].startswith("end_epoch: no dataset is drawn from in epoch 3;")
+
+    place.datasets("", {**PICTURES, "end_epoch": 0, "end_step": -1})
+    assert place.messages() == []
+
+
+def test_a_table_in_the_words_of_another_trainer_is_read(place: Workplace) -> None:
+    place.datasets(
+        "",
+        {
+            "id": "a",
+            "dataset_base_path": "data",
+            "dataset_metadata_path": "data/{id}.csv",
+            "data_file_keys": "image,video",
+            "dataset_repeat": 50,
+        },
+        {"id": "b", "instance_data_dir": "data", "parquet": {"path": "{id}/t.parquet"}}
+        | {"caption_strategy": "parquet"},
+    )
+
+    first, second = place.load().datasets.training
+
+    assert first.instance_data_dir == place.root / "data"
+    assert first.dataset_metadata_path == place.root / "data/a.csv"
+    assert (first.data_file_keys, first.repeats) == (("image", "video"), 49)
+    assert (first.metadata_backend, first.caption_strategy) == ("parquet", "csv")
+    assert second.parquet is not None
+    assert second.parquet.path == place.root / "b/t.parquet"
+    assert place.load().pending == ()
+
+
+def test_masks_take_no_table(place: Workplace) -> None:
+    masks = {**PICTURES, "dataset_type": "conditioning", "conditioning_type": "mask"}
+    place.datasets("", PICTURES, {**masks, "id": "m", "dataset_metadata_path": "t.csv"})
+
+    assert "a table is for pictures that are trained on" in place.messages()[0]

@@ -211,7 +211,14 @@ def test_help_texts_are_sentences() -> None:
 
 
 def test_help_texts_name_only_settings_that_exist() -> None:
-    values = {"pixel_area", "model_index", "text_embeds", "image_embeds", "before_after"}
+    values = {
+        "pixel_area",
+        "max_pixels",
+        "model_index",
+        "text_embeds",
+        "image_embeds",
+        "before_after",
+    }
     known = {*GLOBAL, *DatasetSettings.model_fields, *values}
     for section in (*SECTIONS.values(), DatasetSettings, TextEmbedsSettings):
         for key, field in section.model_fields.items():

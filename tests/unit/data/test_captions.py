@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from simpletuner.core.errors import ConfigError
+from simpletuner.data.caption_edits import CaptionFilter, TagShuffle, Trigger
 from simpletuner.data.captions import CAPTION_STRATEGIES, CaptionRule, decode_text, text_key
 
 
@@ -49,8 +50,8 @@ def test_a_prepended_prompt_stands_before_every_caption() -> None:
 
 
 def test_a_strategy_that_is_not_built_says_so() -> None:
-    with pytest.raises(ConfigError, match="parquet is not built yet"):
-        captions("parquet")
+    with pytest.raises(ConfigError, match="webshart is not built yet"):
+        captions("webshart")
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,28 @@ def test_bytes_that_are_no_text_are_no_caption() -> None:
 
 def test_the_text_file_lies_beside_the_picture() -> None:
     assert text_key("a/b.c.JPG") == "a/b.c.txt"
+
+
+def test_edits_come_one_after_the_other() -> None:
+    made = captions(
+        "textfile",
+        text="a ugly, b\nugly",
+        filters=(CaptionFilter.of("ugly ?"),),
+        shuffle=TagShuffle(count=20, seed=0, original=False),
+        prompts=("sks",),
+        prepend=True,
+        prefix="photo of [trigger],",
+        suffix=".",
+        trigger=Trigger("zwx", prepend=True),
+    )
+    assert set(made) == {"photo of zwx, sks a, b.", "photo of zwx, sks b, a."}
+
+
+def test_a_caption_that_filters_leave_nothing_of_is_the_empty_one() -> None:
+    gone = (CaptionFilter.of(".*"),)
+    assert captions("textfile", text="one\ntwo", filters=gone) == ("",)
+
+
+def test_the_default_stands_for_a_text_that_is_missing_not_for_an_empty_one() -> None:
+    assert captions("textfile", text=None, default="a cat\na dog") == ("a cat", "a dog")
+    assert captions("textfile", text="", default="a cat") == ("",)

@@ -10,73 +10,13 @@ import pytest
 from PIL import Image
 
 from simpletuner.core.errors import DataError
-from simpletuner.core.events import Bus, Event, Notice
+from simpletuner.core.events import Bus
 from simpletuner.core.files import content_digest
 from simpletuner.core.seeds import Seeds
 from simpletuner.data.pixels import PictureError
 from simpletuner.data.plan import BatchPlan
-from simpletuner.data.settings import DatasetSettings
-from simpletuner.data.source import DataSource
-
-SEEDS = Seeds(42)
-
-
-class Heard:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def handle(self, event: Event) -> None:
-        self.events.append(event)
-
-    def close(self) -> None:
-        pass
-
-
-def noise(name: str, size: tuple[int, int]) -> Image.Image:
-    seed = sum(map(ord, name)) * 1000 + size[0]
-    shape = (size[1], size[0], 3)
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
-
-
-def picture(folder: Path, name: str, size: tuple[int, int] = (96, 64), caption: str | None = None):
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise(name, size).save(path)
-    if caption is not None:
-        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    data = tmp_path / "data"
-    for name, size in (
-        ("a_cat.png", (96, 64)),
-        ("dog.png", (64, 96)),
-        ("deep/er/ox.png", (64, 64)),
-    ):
-        picture(data, name, size)
-    return data
-
-
-def entry(folder: Path, **rest: Any) -> DatasetSettings:
-    given = {"id": "cats", "instance_data_dir": folder, "resolution": 64, **rest}
-    return DatasetSettings.model_validate(
-        {"aspect_bucket_alignment": 8, "caption_dropout_probability": 0, "max_workers": 2} | given
-    )
-
-
-def opened(folder: Path, index: Path | None = None, **rest: Any) -> DataSource:
-    where = index or folder.parent / "cache"
-    return DataSource.open(entry(folder, **rest), index_folder=where, bus=Bus())
-
-
-def told(folder: Path, **rest: Any) -> tuple[DataSource, str]:
-    heard = Heard()
-    bus = Bus([heard])
-    source = DataSource.open(entry(folder, **rest), index_folder=folder.parent / "c", bus=bus)
-    bus.close()
-    return source, "\n".join(event.text for event in heard.events if isinstance(event, Notice))
+from simpletuner.data.source import DataSource, Excluded
+from tests.unit.data.making import SEEDS, entry, opened, picture, told
 
 
 def test_rows_are_the_pictures_in_the_order_of_their_paths(folder: Path) -> None:
@@ -248,6 +188,101 @@ def test_a_strategy_of_another_kind_reads_the_texts_again(tmp_path: Path) -> Non
     assert opened(data).captions(0) == ("a",)
 
 
+def test_every_variant_of_a_caption_is_listed_and_drawn(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    picture(data, "a.png", caption="a, b, c, d, e, f, g")
+    shuffle = {"enable": True, "count": 5, "seed": 3, "position_start": 1}
+    source = opened(
+        data, caption_strategy="textfile", caption_shuffle=shuffle, caption_suffix=", end"
+    )
+    drawn = {source.sample(0, epoch, 0, SEEDS).caption for epoch in range(200)}
+    assert sorted(drawn) == source.all_captions()
+    assert len(drawn) == 6
+    assert all(text.startswith("a, ") and text.endswith(", end") for text in drawn)
+    off = opened(data, caption_strategy="textfile", caption_shuffle={**shuffle, "enable": False})
+    assert off.all_captions() == ["a, b, c, d, e, f, g"]
+
+
+def test_a_filter_changes_the_captions_it_finds_something_in_and_no_other(folder: Path) -> None:
+    before, after = opened(folder), opened(folder, caption_filter_list=("^a ",))
+    assert before.all_captions() == ["a cat", "dog", "ox"]
+    assert after.all_captions() == ["cat", "dog", "ox"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"caption_filter_list": ("^a ",)},
+        {"caption_shuffle": {"enable": True, "seed": 1}},
+        {"caption_prefix": "photo of"},
+        {"caption_suffix": "at night"},
+        {"trigger_word": "zwx", "prepend_trigger_word": True},
+    ],
+)
+def test_what_edits_captions_is_part_of_what_a_resume_compares(
+    folder: Path, change: dict[str, Any]
+) -> None:
+    plain = opened(folder)
+    assert plain.caption_digest() == opened(folder).caption_digest()
+    assert plain.caption_digest() != opened(folder, **change).caption_digest()
+    off = {"caption_shuffle": {"enable": False, "count": 3}}
+    assert plain.caption_digest() == opened(folder, **off).caption_digest()
+
+
+def test_a_trigger_word_is_not_put_before_regularisation_pictures(folder: Path) -> None:
+    word = {"trigger_word": "zwx", "prepend_trigger_word": True}
+    assert opened(folder, **word).captions(0) == ("zwx a cat",)
+    assert opened(folder, is_regularisation_data=True, **word).captions(0) == ("a cat",)
+
+
+def test_a_placeholder_without_a_trigger_word_is_told(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    picture(data, "a.png", caption="a [trigger] cat")
+    picture(data, "b.png", caption="a dog")
+    source, said = told(data, caption_strategy="textfile", trigger_word="zwx")
+    assert source.all_captions() == ["a dog", "a zwx cat"]
+    assert "[trigger]" not in said
+    _, said = told(data, caption_strategy="textfile")
+    assert "1 caption holds [trigger] and there is no trigger_word" in said
+
+
+def test_a_default_caption_stands_for_missing_texts_and_not_for_unreadable_ones(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "data"
+    for name in "abcd":
+        picture(data, f"{name}.png", caption="own" if name == "a" else None)
+    (data / "d.txt").write_bytes(b"\x81\x8d\xff")
+    source, said = told(data, caption_strategy="textfile", default_caption="a thing")
+    assert [source.captions(row) for row in range(3)] == [("own",), ("a thing",), ("a thing",)]
+    assert source.rejects == {"d.png": "caption is neither UTF-8 nor cp1252"}
+    assert "2 pictures without a text file, captioned by default_caption" in said
+
+
+def test_the_default_text_of_a_folder_holds_for_its_pictures_without_one(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for path in ("a.png", "cats/b.png", "cats/c.png"):
+        picture(data, path)
+    (data / "cats" / "default.txt").write_text("a cat")
+    (data / "cats" / "b.txt").write_text("my cat")
+    rest = {"caption_strategy": "textfile", "default_caption": "a thing"}
+    source, said = told(data, **rest)
+    assert [source.captions(row) for row in range(3)] == [("a thing",), ("my cat",), ("a cat",)]
+    assert "take the default.txt of their folder: 1" in said
+    (data / "cats" / "c.txt").write_text("its own")
+    (data / "cats" / "b.txt").unlink()
+    again = opened(data, tmp_path / "c", **rest)
+    assert [again.captions(row) for row in range(3)] == [("a thing",), ("a cat",), ("its own",)]
+
+
+def test_a_picture_called_default_keeps_its_text_for_itself(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    picture(data, "default.png", caption="only mine")
+    picture(data, "other.png")
+    source = opened(data, caption_strategy="textfile")
+    assert [source.path(row) for row in range(len(source))] == ["default.png"]
+
+
 # ---- crops
 
 
@@ -352,12 +387,13 @@ def test_filters_are_counted_and_are_no_faults(tmp_path: Path) -> None:
         picture(data, f"small{number}.png", (20, 20))
         picture(data, f"wide{number}.png", (400, 50))
     picture(data, "good.png", (100, 100))
-    source, said = told(data, minimum_image_size=64, maximum_aspect_ratio=2)
+    source = opened(data, minimum_image_size=64, maximum_aspect_ratio=2)
     assert [source.path(0)] == ["good.png"]
     assert len(source) == 1
-    assert source.left_out == {"minimum_image_size": 10, "maximum_aspect_ratio": 10}
-    assert "10 pictures left out by minimum_image_size" in said
-    assert "10 pictures left out by maximum_aspect_ratio" in said
+    assert source.excluded() == (
+        Excluded("minimum_image_size", 10, "small0.png"),
+        Excluded("maximum_aspect_ratio", 10, "wide0.png"),
+    )
 
 
 def test_nothing_left_is_an_error_that_counts_each_stage(folder: Path) -> None:
@@ -384,10 +420,9 @@ def test_only_broken_pictures_are_nothing_to_train_on(tmp_path: Path) -> None:
 
 def test_enlarged_pictures_and_copies_are_told(folder: Path) -> None:
     (folder / "copy.png").write_bytes((folder / "dog.png").read_bytes())
-    _, said = told(folder, resolution=128)
-    assert "4 of 4 pictures enlarged to reach their size" in said
+    source, said = told(folder, resolution=128)
+    assert source.enlarged == 4
     assert "1 picture with exactly the bytes of another" in said
-    assert "dataset cats: 4 pictures in 3 sizes: " in said
 
 
 def test_a_file_changed_after_the_scan_is_named(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simpletuner.diffusion.losses import LOSSES
+from simpletuner.diffusion.losses import LOSSES, per_sample
 
 BUILT = [name for name, row in LOSSES.items() if not row.pending]
 
@@ -14,7 +14,7 @@ def test_l2_is_the_mean_squared_error_of_each_sample() -> None:
     generator = torch.Generator().manual_seed(0)
     prediction, target = torch.randn(2, 3, 4, 8, 6, generator=generator)
 
-    found = LOSSES["l2"].load()(prediction, target)
+    found = per_sample(LOSSES["l2"].load()(prediction, target))
 
     expected = [torch.nn.functional.mse_loss(p, t) for p, t in zip(prediction, target, strict=True)]
     torch.testing.assert_close(found, torch.stack(expected))
@@ -29,7 +29,7 @@ def test_every_loss_is_one_number_a_sample_nought_for_the_right_answer(
     right = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     wrong = right + torch.tensor([0.0, 1.0]).view(2, *[1] * (len(shape) - 1))
 
-    found = loss(wrong, right)
+    found = per_sample(loss(wrong, right))
 
     assert found.shape == (2,)
     assert float(found[0]) == 0 < float(found[1])
@@ -39,4 +39,16 @@ def test_every_loss_is_one_number_a_sample_nought_for_the_right_answer(
 def test_every_loss_runs_on_the_meta_device(name: str) -> None:
     batch = torch.zeros(2, 4, 8, 6, device="meta")
 
-    assert LOSSES[name].load()(batch, batch).shape == (2,)
+    assert per_sample(LOSSES[name].load()(batch, batch), batch[:, :1]).shape == (2,)
+
+
+def test_a_mask_takes_elements_out_of_the_sum_and_not_out_of_the_count() -> None:
+    errors = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 1, 4, 6)
+    mask[0, :, :, 3:] = 0
+    mask[0, :, 0, 0] = 0.5
+
+    found = per_sample(errors, mask)
+
+    kept = errors[0, :, :, :3].sum() - errors[0, :, 0, 0].sum() / 2
+    torch.testing.assert_close(found, torch.stack([kept / (3 * 4 * 6), errors[1].mean()]))

@@ -14,6 +14,7 @@ import torch
 
 from simpletuner.cache.store import TensorStore
 from simpletuner.cache.text import TextCache
+from simpletuner.cache.truncation import cut_captions
 from simpletuner.core.errors import ModelError
 from simpletuner.core.events import Bus
 from simpletuner.core.types import Batch, Draw, Place
@@ -162,10 +163,10 @@ def test_an_option_of_the_text_encodes_captions_anew(
     def cache(**chosen: Any) -> TextCache:
         return TextCache(open_tiny(tiny_sd3, **chosen), TensorStore.open(tmp_path), CPU)
 
-    cache().prepare(CAPTIONS, Bus())
+    cache().prepare({"set": CAPTIONS}, Bus())
     store = TensorStore.open(tmp_path)
     entries = len(store)
-    cache(**options).prepare(CAPTIONS, Bus())
+    cache(**options).prepare({"set": CAPTIONS}, Bus())
     assert len(TensorStore.open(tmp_path)) == 2 * entries
     found, plain = cache(**options).embeds(CAPTIONS), cache().embeds(CAPTIONS)
     assert not torch.equal(found["prompt_embeds"][1, -1], plain["prompt_embeds"][1, -1]) or (
@@ -317,3 +318,16 @@ def test_flavours_are_named_as_people_name_them() -> None:
     from simpletuner.models.families import FAMILIES
 
     assert FAMILIES["sd3"].fact("flavours") == ("medium", "large", "medium-3.0")
+
+
+def test_a_caption_that_only_t5_sees_whole_is_not_lost(tiny_sd3: Path) -> None:
+    caption = " ".join(["a"] * 100)
+
+    def cut(**options: Any) -> list[tuple[tuple[str, ...], int, bool]]:
+        family = open_tiny(tiny_sd3, **options)
+        found = cut_captions(family, family.open_tokenizers(), [caption, "a cat"])
+        return [(each.encoders, each.window, each.lost) for each in found]
+
+    clips = ("text_encoder", "text_encoder_2")
+    assert cut() == [(clips, 77, False)]
+    assert cut(tokenizer_max_length=90)[1:] == [(("text_encoder_3",), 90, True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import diffusers
 import torch
 
+from simpletuner.cache.truncation import Cut, cut_captions
 from simpletuner.core.types import Batch, Draw, Geometry, Place, Sample
 from simpletuner.models.family import Family
 from simpletuner.models.loading import open_family
@@ -145,6 +147,21 @@ def test_a_prediction_type_the_user_sets_reaches_the_sampler(tiny_sdxl: Path) ->
 
 def test_captions_that_are_longer_than_the_encoders_see_are_found(tiny_sdxl: Path) -> None:
     family = open_tiny(tiny_sdxl)
-    pipe = family.open_text(CPU)
+    tokenizers = family.open_tokenizers()
     seen, cut = " ".join(["a"] * 75), " ".join(["a"] * 76)  # and the two special tokens
-    assert family.cut(pipe, [seen, cut, ""]) == [cut]
+    assert cut_captions(family, tokenizers, [seen, ""]) == []
+    (found,) = cut_captions(family, tokenizers, [seen, cut, ""])
+    assert found == Cut(("text_encoder", "text_encoder_2"), 77, 1, cut, 78, lost=True)
+    assert found.told("dataset cats", 3) == (
+        "dataset cats: 1 of 3 captions are longer than the 77 tokens text_encoder and"
+        f" text_encoder_2 see; what comes after is not learned; the longest has 78: {cut[:60]}…"
+    )
+
+
+def test_captions_are_measured_without_weights(tiny_sdxl: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_sdxl, bare)
+    for weights in bare.rglob("text_encoder*/*.safetensors"):
+        weights.unlink()
+    family = open_tiny(bare)
+    assert cut_captions(family, family.open_tokenizers(), ["a " * 90])[0].tokens == 92

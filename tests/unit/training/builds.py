@@ -56,7 +56,11 @@ def build_stepper(
 
 
 def make_batch(
-    *numbers: int, width: int = 64, height: int = 96, family_name: str = "sdxl"
+    *numbers: int,
+    width: int = 64,
+    height: int = 96,
+    family_name: str = "sdxl",
+    regularises: bool = False,
 ) -> Batch:
     """One sample per number; everything about it follows from the number."""
     shapes = SHAPES[family_name]
@@ -68,7 +72,10 @@ def make_batch(
         prompts.append(torch.randn(shapes["prompt_embeds"], generator=generator))
         pooled.append(torch.randn(shapes["pooled_prompt_embeds"], generator=generator))
     geometry = Geometry((width, height), (width, height), (0, 0, width, height))
-    samples = tuple(Sample(f"{n:032x}", "set", f"{n}.png", "a", geometry) for n in numbers)
+    samples = tuple(
+        Sample(f"{n:032x}", "set", f"{n}.png", "a", geometry, regularises=regularises)
+        for n in numbers
+    )
     embeds = {"prompt_embeds": torch.stack(prompts), "pooled_prompt_embeds": torch.stack(pooled)}
     return Batch(torch.stack(latents), embeds, samples)
 

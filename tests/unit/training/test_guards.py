@@ -16,8 +16,7 @@ from tests.unit.training.builds import build_stepper, make_batch, window_of
 def train_watched(stepper: Stepper, steps: int = 3) -> None:
     guard = LearningGuard(stepper.weights)
     for step in range(steps):
-        stepper.step(step, window_of(make_batch(1, 2)))
-        guard.watch()
+        guard.watch(stepper.step(step, window_of(make_batch(1, 2))).loss)
 
 
 def test_a_healthy_run_passes(tiny_sdxl: Path) -> None:
@@ -38,14 +37,21 @@ def test_weights_that_do_not_move_are_seen(tiny_sdxl: Path) -> None:
     guard = LearningGuard(stepper.weights)
     start = {n: p.detach().clone() for n, p in stepper.weights.trainable.parameters().items()}
     for step in range(2):
-        stepper.step(step, window_of(make_batch(1, 2)))
-        guard.watch()
-    stepper.step(2, window_of(make_batch(1, 2)))
+        guard.watch(stepper.step(step, window_of(make_batch(1, 2))).loss)
+    last = stepper.step(2, window_of(make_batch(1, 2)))
     with torch.no_grad():
         for name, parameter in stepper.weights.trainable.parameters().items():
             parameter.copy_(start[name])
     with pytest.raises(TrainingError, match="did not move"):
-        guard.watch()
+        guard.watch(last.loss)
+
+
+def test_steps_without_anything_to_teach_are_waited_out(tiny_sdxl: Path) -> None:
+    stepper = build_stepper(tiny_sdxl)
+    guard = LearningGuard(stepper.weights)
+    kept = make_batch(1, 2, regularises=True)
+    for step, batch in enumerate((kept, kept, kept, make_batch(3), kept, make_batch(4))):
+        guard.watch(stepper.step(step, window_of(batch)).loss)
 
 
 def test_a_loss_that_is_not_finite_names_step_samples_and_module(tiny_sdxl: Path) -> None:
@@ -60,6 +66,14 @@ def test_a_loss_that_is_not_finite_names_step_samples_and_module(tiny_sdxl: Path
     assert "the loss of step 7 is not finite" in error.message
     assert "set/1.png, set/2.png" in error.message
     assert "mid_block.resnets.0.conv1" in error.message
+
+
+def test_a_batch_of_regularisation_is_replayed_without_the_adapters_too(tiny_sdxl: Path) -> None:
+    stepper = build_stepper(tiny_sdxl)
+    with torch.no_grad():
+        next(iter(stepper.weights.trainable.parameters().values())).fill_(float("nan"))
+    error = explain_not_finite(stepper, 0, window_of(make_batch(1, regularises=True)))
+    assert "what was trained has diverged" in error.message
 
 
 def test_only_the_sample_that_breaks_is_blamed(tiny_sdxl: Path) -> None:

@@ -64,7 +64,7 @@ def knows(tiny_sdxl: Path, tiny_sd3: Path, tmp_path_factory: pytest.TempPathFact
         family = open_family(config.model, digests=root / "digests.json")
         shape, seeds = config.schedule.window_shape, Seeds(config.runtime.seed)
         plan = BatchPlan.of(sources, **shape, seeds=seeds)
-        total = Timetable.of(config.schedule, config.validation, plan.windows_per_epoch).total_steps
+        total = Timetable.of(config.schedule, config.validation, plan.steps).total_steps
         kept[key] = starting_state(config, family, plan, sources, total, CPU)
         return kept[key]
 
@@ -126,7 +126,7 @@ def test_another_setting_of_the_data_is_refused_by_name_and_not_called_other_dat
             {"maximum_image_size": 70, "target_downsample_size": 50},
             "resizes changed (by resolution, crop, maximum_image_size or target_downsample_size)",
         ),
-        ({}, {"resolution": 48}, "sizes changed (by resolution, crop, crop_aspect or"),
+        ({}, {"resolution": 48}, "sizes changed (by resolution, crop, crop_aspect, rare"),
         (
             {},
             {"image_background": "#00FF00"},

@@ -21,6 +21,7 @@ class Two(Run):
         one = {**self.dataset, "prepend_instance_prompt": True, "instance_prompt": "sks person"}
         other = {**one, "id": "other", "instance_prompt": ["b dog", "a cat"]}
         other["instance_data_dir"] = str(make_pictures(self.root / "other", 2))
+        other |= {"start_step": 2, "train_batch_size": 1}
         (self.root / "multidatabackend.json").write_text(json.dumps([one, other]))
         return path
 
@@ -30,7 +31,7 @@ def done(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run of one step; read it only."""
     run = Two(tmp_path_factory.mktemp("report"), tiny_sdxl)
     run.settings |= {"peft_lora_target_modules": ["to_q"], "validation_disable": True}
-    assert run.train(max_train_steps=1, seed=7) == 0
+    assert run.train(max_train_steps=1, seed=7, data_backend_sampling="mix") == 0
     return run
 
 
@@ -95,8 +96,27 @@ def test_resolved_datasets_stand_there_with_what_they_inherit(done: Run) -> None
     )
     assert first["caption_dropout_probability"] == 0.1
     assert first["cache_dir_vae"].startswith(str(done.out))
-    assert not {"parquet", "max_num_samples", "is_regularisation_data"} & first.keys()
+    assert not {"conditioning", "dataset_name", "aws_bucket_name"} & first.keys()
     assert resolved(done)["text_embeds"]["cache_dir"].startswith(str(done.out))
+
+
+def test_a_dataset_that_begins_after_the_run_is_named_and_so_is_a_change_of_pace(
+    done: Run,
+) -> None:
+    told = [event["text"] for event in done.events("notice")]
+    assert [text for text in told if "not drawn" in text] == [
+        "dataset other is not drawn from in this run"
+    ]
+    schedule = json.loads((done.out / "run.json").read_text())["summary"]["schedule"]
+    assert schedule == "1 steps of 2 x 1, 4 steps an epoch, 6 from step 2 on"
+
+
+def test_a_checkpoint_knows_how_its_batches_were_drawn(done: Run) -> None:
+    data = json.loads((done.out / "checkpoint-1" / "state.json").read_text())["data"]
+    found = {name: data[name] for name in ("data_backend_sampling", "dataset other: start_step")}
+    assert found == {"data_backend_sampling": "mix", "dataset other: start_step": "2"}
+    assert data["dataset other: train_batch_size"] == "1"
+    assert data["dataset pictures: train_batch_size"] == "default: 2"
 
 
 def test_run_json_has_versions_summary_and_result(done: Run) -> None:

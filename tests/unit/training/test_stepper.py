@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,59 @@ def test_mixed_precision_learns_and_keeps_the_adapters_fp32(tiny_sdxl: Path) -> 
     assert losses[-1] < losses[0] - 0.01
     parameters = stepper.weights.trainable.parameters().values()
     assert {p.dtype for p in parameters} == {torch.float32}
+
+
+def test_regularisation_costs_nothing_until_the_adapters_say_something(tiny_sdxl: Path) -> None:
+    kept, learned = window_of(make_batch(1, 2, regularises=True)), window_of(make_batch(1, 2))
+    stepper = build_stepper(tiny_sdxl, adapter={"lora_dropout": 0.5}, learning_rate=1e-2)
+    assert all(not g.any() for g in gradients_of(stepper, kept).values())
+    assert stepper.step(0, kept).loss.item() == 0
+    assert stepper.step(1, learned).loss.item() > 0
+    assert stepper.micro_loss(2, 0, *kept[0]).item() > 0
+
+
+@pytest.mark.parametrize(("folder", "family"), [("tiny_sdxl", "sdxl"), ("tiny_sd3", "sd3")])
+def test_regularisation_holds_the_prediction_near_that_of_the_base(
+    folder: str, family: str, request: pytest.FixtureRequest
+) -> None:
+    """Its loss is the distance from the base's prediction, at the same noise and timestep."""
+
+    def distance(regularises: bool) -> float:
+        stepper = build_stepper(
+            request.getfixturevalue(folder), learning_rate=1e-2, family_name=family
+        )
+        subject = make_batch(1, 2, family_name=family)
+        beside = make_batch(3, 4, family_name=family, regularises=regularises)
+        for step in range(12):
+            stepper.step(step, window_of(subject, beside))
+        batch, draw = stepper.draw(99, *window_of(beside)[0])
+        trainable = stepper.weights.trainable
+        with torch.no_grad():
+            ours = trainable.predict(stepper.family, draw, batch)
+            with trainable.disabled():
+                base = trainable.predict(stepper.family, draw, batch)
+        far = torch.nn.functional.mse_loss(ours, base).item()
+        if regularises:
+            told = stepper.micro_loss(99, 0, *window_of(beside)[0]).item()
+            assert told == pytest.approx(far, rel=1e-5)
+        return far
+
+    assert 0 < distance(regularises=True) < distance(regularises=False) / 2
+
+
+def test_nothing_is_learned_where_the_mask_is_black(tiny_sdxl: Path) -> None:
+    stepper, batch = build_stepper(tiny_sdxl), make_batch(1, 2)
+    mask = torch.zeros(2, 1, 12, 8)
+    black = gradients_of(stepper, window_of(replace(batch, mask=mask)))
+    assert all(not g.any() for g in black.values())
+
+    mask[0, :, :6] = 1
+    ((planned, masked),) = window_of(replace(batch, mask=mask))
+    batch, draw = stepper.draw(0, planned, masked)
+    with torch.no_grad():
+        error = stepper.weights.trainable.predict(stepper.family, draw, batch) - draw.target
+    expected = error[0, :, :6].square().sum() / error.numel()
+    assert stepper.micro_loss(0, 0, planned, masked).item() == pytest.approx(expected.item())
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_sdxl: Path) -> None:

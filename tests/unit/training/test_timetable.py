@@ -9,7 +9,7 @@ from simpletuner.validation.settings import ValidationSettings
 
 def table(**schedule: int) -> Timetable:
     settings = ScheduleSettings(**{"checkpoint_step_interval": 4, **schedule})
-    return Timetable.of(settings, ValidationSettings(validation_step_interval=6), 5)
+    return Timetable.of(settings, ValidationSettings(validation_step_interval=6), lambda n: 5 * n)
 
 
 def test_steps_alone_turn_epochs_off() -> None:

@@ -1,0 +1,96 @@
+"""The conditioning entries of the datasets file, and which pictures each of them belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from simpletuner.config.source import Given
+from simpletuner.core.errors import Problem, did_you_mean
+from simpletuner.data.settings import DatasetSettings, EntrySettings
+
+_READ = {
+    *EntrySettings.model_fields,
+    "conditioning_type",
+    "dataset_type",
+    "instance_data_dir",
+    "metadata_backend",
+    "source_dataset_id",
+}
+"""The keys that say something of a conditioning entry; the rest it has from its pictures."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """An entry of pictures or of conditioning, as it was read.
+
+    Args:
+        settings: What it says.
+        given: Where it says so, by key.
+    """
+
+    settings: DatasetSettings
+    given: Mapping[str, Given]
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        return self.settings.id
+
+
+def idle_keys(given: Iterable[str]) -> list[str]:
+    """Those of the keys of a conditioning entry that change nothing."""
+    return sorted(set(given) - _READ)
+
+
+def mask_of(pictures: DatasetSettings, conditioning: Iterable[Read]) -> DatasetSettings | None:
+    """The masks of a dataset of pictures, None without any."""
+    return next((each.settings for each in _masks(pictures, conditioning)), None)
+
+
+def unfit(pictures: Sequence[Read], conditioning: Sequence[Read]) -> Iterator[Problem]:
+    """What is wrong with how the two belong together."""
+    for each in pictures:
+        yield from _misnamed(each, [other.id for other in conditioning])
+        masks = [other.id for other in _masks(each.settings, conditioning)]
+        if len(masks) > 1:
+            message = f"{' and '.join(masks)} are both masks of {each.id}; keep one"
+            yield each.given["id"].problem(message)
+        if masks and each.settings.alpha_as_mask:
+            message = f"{masks[0]} has the masks of these pictures; remove one of the two"
+            yield each.given["alpha_as_mask"].problem(message)
+    for each in conditioning:
+        yield from _astray(each, [other.settings for other in pictures])
+
+
+def _masks(pictures: DatasetSettings, conditioning: Iterable[Read]) -> Iterator[Read]:
+    for each in conditioning:
+        if each.settings.conditioning_type == "mask" and _together(pictures, each.settings):
+            yield each
+
+
+def _together(pictures: DatasetSettings, other: DatasetSettings) -> bool:
+    """True if one of the two names the other."""
+    return other.id in pictures.named_conditioning or other.source_dataset_id == pictures.id
+
+
+def _misnamed(pictures: Read, known: Sequence[str]) -> Iterator[Problem]:
+    for name in pictures.settings.named_conditioning:
+        if name not in known:
+            message = f"no conditioning dataset has the id {name!r}{did_you_mean(name, known)}"
+            yield pictures.given["conditioning_data"].problem(message)
+
+
+def _astray(conditioning: Read, pictures: Sequence[DatasetSettings]) -> Iterator[Problem]:
+    """Conditioning that belongs to no pictures."""
+    ids = [each.id for each in pictures]
+    source = conditioning.settings.source_dataset_id
+    if source is not None and source not in ids:
+        yield conditioning.given["source_dataset_id"].problem(
+            f"no dataset of pictures has the id {source!r}{did_you_mean(source, ids)}"
+        )
+    elif not any(_together(each, conditioning.settings) for each in pictures):
+        yield conditioning.given["id"].problem(
+            f"{conditioning.id} belongs to no dataset of pictures; name it in the conditioning_data"
+            " of one, or set it disabled: true"
+        )

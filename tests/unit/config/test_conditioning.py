@@ -1,0 +1,151 @@
+"""Which conditioning entries are read, and which pictures they belong to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.unit.config.workplace import PICTURES, Workplace
+
+MASKS: dict[str, Any] = {
+    "id": "masks",
+    "dataset_type": "conditioning",
+    "conditioning_type": "mask",
+    "instance_data_dir": "pictures",
+}
+NAMING = {**PICTURES, "conditioning_data": "masks"}
+
+
+def masks(place: Workplace) -> dict[str, str]:
+    return {name: each.id for name, each in place.load().datasets.masks.items()}
+
+
+def test_masks_belong_to_the_pictures_that_name_them_or_that_they_name(place: Workplace) -> None:
+    for entries in (
+        (NAMING, MASKS),
+        (MASKS, NAMING),
+        (MASKS, {**NAMING, "conditioning_data": ["masks"]}),
+        (PICTURES, {**MASKS, "source_dataset_id": "pictures"}),
+        (NAMING, {**MASKS, "source_dataset_id": "pictures"}),
+    ):
+        place.datasets("", *entries, {**PICTURES, "id": "other"})
+        loaded = place.load()
+        assert masks(place) == {"pictures": "masks"}
+        assert [each.id for each in loaded.datasets.training] == ["pictures", "other"]
+        assert loaded.pending == ()
+
+
+def test_every_resolution_of_a_list_has_the_masks(place: Workplace) -> None:
+    place.datasets("", {**NAMING, "resolution": [256, 512]}, MASKS)
+    assert masks(place) == {"pictures-256": "masks", "pictures-512": "masks"}
+
+    place.datasets("", {**NAMING, "resolution": [256, 512]}, MASKS, {**MASKS, "id": "pictures-512"})
+    assert any("2 datasets have the id 'pictures-512'" in said for said in place.messages())
+
+
+def test_a_conditioning_type_makes_an_entry_conditioning(place: Workplace) -> None:
+    place.datasets("", NAMING, {k: v for k, v in MASKS.items() if k != "dataset_type"})
+    assert masks(place) == {"pictures": "masks"}
+
+    place.datasets("", NAMING, {k: v for k, v in MASKS.items() if k != "conditioning_type"})
+    (said,) = place.messages()
+    assert said.endswith("conditioning_type is missing: say mask if they are masks")
+
+
+def test_masks_lie_in_a_folder(place: Workplace) -> None:
+    place.datasets("", NAMING, {**MASKS, "type": "csv", "csv_file": "x.csv"})
+    assert place.messages() == ["type: type csv is not for masks, which lie in a folder; set local"]
+
+    place.datasets("", NAMING, {k: v for k, v in MASKS.items() if k != "instance_data_dir"})
+    (said,) = place.messages()
+    assert said.endswith("instance_data_dir is missing: name the folder with the pictures")
+
+
+def test_keys_of_masks_that_change_nothing_are_named(place: Workplace) -> None:
+    place.datasets("", NAMING, {**MASKS, "resolution": 64, "crop": True, "caption_strategy": None})
+    noted = [note for note in place.load().notes if "change nothing" in note]
+    assert noted == [
+        "dataset masks: crop, resolution change nothing, for its pictures are treated as those they"
+        " belong to"
+    ]
+
+
+def test_what_names_nothing_is_refused(place: Workplace) -> None:
+    for entries, said in (
+        ((NAMING,), "conditioning_data: no conditioning dataset has the id 'masks'"),
+        (
+            ({**PICTURES, "conditioning_data": "mask"}, MASKS),
+            "conditioning_data: no conditioning dataset has the id 'mask'; did you mean masks?",
+        ),
+        (
+            (PICTURES, MASKS),
+            "id: masks belongs to no dataset of pictures; name it in the conditioning_data of one,"
+            " or set it disabled: true",
+        ),
+        (
+            (PICTURES, {**MASKS, "source_dataset_id": "picture"}),
+            "source_dataset_id: no dataset of pictures has the id 'picture'; did you mean"
+            " pictures?",
+        ),
+        (
+            (
+                {**PICTURES, "source_dataset_id": "masks"},
+                {**MASKS, "source_dataset_id": "pictures"},
+            ),
+            "source_dataset_id: is for dataset_type conditioning; the pictures name what belongs to"
+            " them in conditioning_data",
+        ),
+        (
+            ({**NAMING, "conditioning_data": ["masks", "more"]}, MASKS, {**MASKS, "id": "more"}),
+            "id: masks and more are both masks of pictures; keep one",
+        ),
+        (
+            ({**NAMING, "alpha_as_mask": True}, MASKS),
+            "alpha_as_mask: masks has the masks of these pictures; remove one of the two",
+        ),
+    ):
+        place.datasets("", *entries)
+        assert said in place.messages()
+
+
+def test_other_conditioning_waits_and_is_not_trained_on(place: Workplace) -> None:
+    edges = {**MASKS, "id": "edges", "conditioning_type": "controlnet"}
+    place.datasets("", {**PICTURES, "conditioning_data": ["masks", "edges"]}, MASKS, edges)
+
+    loaded = place.load()
+
+    assert [(p.key, p.message) for p in loaded.pending] == [
+        ("conditioning_type", "controlnet is not built yet")
+    ]
+    assert [each.id for each in loaded.datasets.training] == ["pictures"]
+    assert masks(place) == {"pictures": "masks"}
+
+
+def test_an_eval_set_waits_and_is_never_trained_on(place: Workplace) -> None:
+    place.datasets("", PICTURES, {**PICTURES, "id": "held out", "dataset_type": "eval"})
+
+    loaded = place.load()
+
+    assert [(p.key, p.message) for p in loaded.pending] == [
+        ("dataset_type", "eval is not built yet")
+    ]
+    assert [each.id for each in loaded.datasets.training] == ["pictures"]
+
+
+def test_regularisation_alone_teaches_nothing(place: Workplace) -> None:
+    kept = {**PICTURES, "id": "kept", "is_regularization_data": True}
+    place.datasets("", kept)
+    assert place.messages() == [
+        "is_regularisation_data: holds in every dataset of pictures, so nothing would be learned;"
+        " leave it out of one"
+    ]
+
+    place.datasets("", PICTURES, kept)
+    first, second = place.load().datasets.training
+    assert (first.is_regularisation_data, second.is_regularisation_data) == (False, True)
+
+
+def test_the_share_of_masked_visits_is_inherited(place: Workplace) -> None:
+    place.config(masked_loss_probability=0.25)
+    place.datasets("", PICTURES, {**PICTURES, "id": "b", "masked_loss_probability": 1})
+    shares = [each.masked_loss_probability for each in place.load().datasets.training]
+    assert shares == [0.25, 1]

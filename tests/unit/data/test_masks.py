@@ -1,0 +1,270 @@
+"""Masks are cut as their pictures are, and nothing is trained on without its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simpletuner.core.errors import DataError
+from simpletuner.core.events import Bus, Notice
+from simpletuner.core.seeds import Seeds
+from simpletuner.data.pixels import PictureError
+from simpletuner.data.preview import look, sheet
+from simpletuner.data.settings import DatasetSettings
+from simpletuner.data.source import DataSource
+from tests.unit.data.making import SEEDS, Heard, entry, opened, picture
+
+WHITE = (255, 255, 255)
+
+
+@pytest.fixture
+def masks(folder: Path) -> Path:
+    """A mask for each picture: white where the picture is bright."""
+    made = folder.parent / "masks"
+    for path in folder.rglob("*.png"):
+        mask = made / path.relative_to(folder).with_suffix(".bmp")
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("L").point(lambda v: 255 * (v > 127)).save(mask)
+    return made
+
+
+def masked(folder: Path, heard: Heard | None = None, **rest: Any) -> DataSource:
+    """The dataset of `folder` with the masks in the folder ``masks`` beside it."""
+    given = {"id": "m", "conditioning_type": "mask", "instance_data_dir": folder.parent / "masks"}
+    bus = Bus([heard] if heard else [])
+    try:
+        return DataSource.open(
+            entry(folder, **rest),
+            index_folder=folder.parent / "cache",
+            masks=DatasetSettings(**given),
+            bus=bus,
+        )
+    finally:
+        bus.close()
+
+
+# ---- geometry
+
+
+@pytest.mark.parametrize("style", ["center", "corner", "random"])
+@pytest.mark.parametrize("scale", [1, 2, 0.5])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_edges_of_mask_and_picture_coincide(
+    tmp_path: Path, style: str, scale: float, fresh: bool
+) -> None:
+    """A square of the picture is its mask, whatever the mask's own size."""
+    pictures, beside = tmp_path / "data", tmp_path / "masks"
+    pictures.mkdir()
+    beside.mkdir()
+    image = Image.new("RGB", (240, 160))
+    image.paste(WHITE, (90, 50, 160, 110))
+    image.save(pictures / "a.png")
+    size = (round(240 * scale), round(160 * scale))
+    image.resize(size, Image.Resampling.BOX).save(beside / "a.png")
+
+    source = masked(pictures, crop=True, crop_style=style, vae_cache_disable=fresh)
+
+    for epoch in range(3):
+        sample = source.sample(0, epoch, 0, SEEDS)
+        mask, seen = source.mask(0, sample.geometry), source.pixels(sample)[:, :, 0]
+        assert mask.shape == seen.shape == (64, 64)
+        assert mask.any()
+        for axis in (0, 1):
+            edges = [np.flatnonzero((each > 127).any(axis=axis))[[0, -1]] for each in (mask, seen)]
+            assert np.abs(edges[0] - edges[1]).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_upright_as_its_picture_is(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("data", "masks"):
+        (tmp_path / name).mkdir()
+    image = Image.new("RGB", (96, 64))
+    image.paste(WHITE, (0, 0, 40, 20))
+    image.save(tmp_path / "data" / "a.png", exif=exif)
+    image.save(tmp_path / "masks" / "a.png", exif=exif)
+
+    source = masked(tmp_path / "data", crop_style="center")
+
+    mask, seen = source.mask(0, source.geometry(0)), source.pixels(0)[:, :, 0]
+    assert np.abs(mask.astype(int) - seen).mean() < 8
+    assert 0 < (mask > 127).mean() < 0.3
+
+
+def test_a_mask_has_no_ringing_and_what_is_transparent_in_it_is_black(tmp_path: Path) -> None:
+    picture(tmp_path / "data", "a.png", (200, 200))
+    image = Image.new("RGBA", (200, 200), (255, 255, 255, 0))
+    image.paste((255, 255, 255, 255), (0, 0, 100, 200))
+    (tmp_path / "masks").mkdir()
+    image.save(tmp_path / "masks" / "a.png")
+
+    mask = masked(tmp_path / "data").mask(0, masked(tmp_path / "data").geometry(0))
+
+    assert mask[:, :30].min() == 255
+    assert mask[:, 34:].max() == 0
+    assert (np.diff(mask.astype(int), axis=1) <= 0).all()
+
+
+# ---- alpha
+
+
+def test_alpha_is_the_mask_and_the_background_still_shows(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    image.paste((255, 0, 0, 128), (0, 0, 32, 64))
+    image.save(tmp_path / "data" / "a.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "data" / "b.png")
+    source = opened(tmp_path / "data", alpha_as_mask=True, image_background="#00ff00")
+
+    mask = source.mask(0, source.geometry(0))
+
+    assert (mask[:, :32] == 128).all()
+    assert not mask[:, 32:].any()
+    assert (source.pixels(0)[:, 32:] == [0, 255, 0]).all()
+    assert (source.mask(1, source.geometry(1)) == 255).all()
+    assert source.sample(0, 0, 0, SEEDS).masked
+    assert not opened(tmp_path / "data").sample(0, 0, 0, SEEDS).masked
+
+
+# ---- how often
+
+
+def test_masks_are_applied_at_a_share_of_visits_that_the_seed_decides(
+    folder: Path, masks: Path
+) -> None:
+    source = masked(folder, masked_loss_probability=0.3)
+
+    def drawn(seeds: Seeds) -> list[bool]:
+        return [source.sample(i % 3, i, 0, seeds).masked for i in range(600)]
+
+    assert 0.25 < np.mean(drawn(SEEDS)) < 0.35
+    assert drawn(SEEDS) == drawn(SEEDS) != drawn(Seeds(1))
+    assert all(masked(folder).sample(0, epoch, 0, SEEDS).masked for epoch in range(20))
+
+
+# ---- what has none
+
+
+def test_a_picture_without_a_mask_is_an_error_that_names_it(folder: Path, masks: Path) -> None:
+    (masks / "dog.bmp").rename(masks / "dig.bmp")
+    picture(folder, "fox.png", (64, 64))
+    for ending in ("bmp", "tif"):
+        Image.new("L", (64, 64)).save(masks / f"fox.{ending}")
+
+    with pytest.raises(DataError) as error:
+        masked(folder)
+
+    assert error.value.message == (
+        "dataset cats: 2 of 4 pictures cannot be used\n"
+        "  dog.png: no mask in m\n"
+        "  fox.png: several masks in m\n"
+        "1 mask in m is left over:\n"
+        "  dig.bmp: no picture in cats"
+    )
+    assert "allow_excluded" in str(error.value)
+
+
+def test_pictures_without_masks_are_left_out_where_that_is_allowed(
+    folder: Path, masks: Path
+) -> None:
+    (masks / "deep/er/ox.bmp").write_bytes(b"no picture")
+    heard = Heard()
+
+    source = masked(folder, heard, allow_excluded=True)
+
+    assert [source.path(row) for row in range(len(source))] == ["a_cat.png", "dog.png"]
+    assert source.rejects == {"deep/er/ox.png": "its mask deep/er/ox.bmp: not a picture"}
+    for row, name in enumerate(("a_cat", "dog")):
+        geometry = source.geometry(row)
+        assert np.array_equal(
+            source.mask(row, geometry) > 127,
+            np.asarray(_cut(masks / f"{name}.bmp", geometry)) > 127,
+        )
+
+
+def test_a_mask_without_a_picture_is_told(folder: Path, masks: Path) -> None:
+    Image.new("L", (8, 8)).save(masks / "more.png")
+    heard = Heard()
+
+    assert len(masked(folder, heard)) == 3
+
+    told = [event for event in heard.events if isinstance(event, Notice)]
+    assert [(event.level, event.text) for event in told] == [
+        ("warning", "dataset cats: 1 mask in m is left over:\n  more.png: no picture in cats")
+    ]
+
+
+def test_a_folder_of_masks_for_other_pictures_leaves_nothing(folder: Path) -> None:
+    (folder.parent / "masks").mkdir()
+    with pytest.raises(DataError, match=r"nothing is left to train on[^$]*a_cat.png: no mask in m"):
+        masked(folder, allow_excluded=True)
+
+
+def test_a_mask_is_read_as_it_was_indexed_or_not_at_all(folder: Path, masks: Path) -> None:
+    source = masked(folder)
+    Image.new("L", (8, 8)).save(masks / "a_cat.bmp")
+    with pytest.raises(DataError, match=r"dataset m: a_cat.bmp was changed after it was indexed"):
+        source.mask(0, source.geometry(0))
+    (masks / "a_cat.bmp").unlink()
+    with pytest.raises(PictureError, match=r"dataset m: a_cat.bmp cannot be read"):
+        source.mask(0, source.geometry(0))
+
+
+# ---- preview
+
+
+def test_a_preview_tints_what_is_not_learned(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    image = Image.new("RGBA", (64, 64), (0, 0, 255, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    image.save(tmp_path / "data" / "a.png")
+    source = opened(tmp_path / "data", alpha_as_mask=True, image_background="#0000ff")
+
+    made = np.asarray(sheet([look(source, 0)]))
+
+    left, right = (made[100, x].tolist() for x in (8 + 240 + 8 + 40, 8 + 240 + 8 + 200))
+    assert left == [0, 0, 255]
+    assert right[0] > 100 > right[1]
+
+
+# ---- identity
+
+
+def test_a_changed_mask_changes_the_identity_and_a_renamed_pair_does_not(
+    folder: Path, masks: Path
+) -> None:
+    before = masked(folder, caption_strategy="instanceprompt", instance_prompt="x")
+    (folder / "dog.png").rename(folder / "hound.png")
+    (masks / "dog.bmp").rename(masks / "hound.bmp")
+    again = masked(folder, caption_strategy="instanceprompt", instance_prompt="x")
+    assert again.identity() == before.identity()
+
+    Image.new("L", (64, 96), 200).save(masks / "hound.bmp")
+    changed = masked(folder, caption_strategy="instanceprompt", instance_prompt="x").identity()
+
+    assert {k for k, v in changed.items() if v != before.identity()[k]} == {"masks"}
+
+
+def test_the_identity_tells_how_pictures_are_learned(folder: Path, masks: Path) -> None:
+    plain = opened(folder).identity()
+
+    def changed(source: DataSource) -> set[str]:
+        return {name for name, value in source.identity().items() if value != plain[name]}
+
+    assert changed(opened(folder, is_regularisation_data=True)) == {"is_regularisation_data"}
+    assert changed(opened(folder, masked_loss_probability=0.5)) == set()
+    with_alpha = opened(folder, alpha_as_mask=True, masked_loss_probability=0.5)
+    assert changed(with_alpha) == {"masks", "masked_loss_probability"}
+    assert changed(masked(folder)) == {"masks", "masked_loss_probability"}
+
+
+def _cut(mask: Path, geometry: Any) -> Image.Image:
+    left, top, width, height = geometry.crop
+    with Image.open(mask) as image:
+        resized = image.convert("L").resize(geometry.resize, Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + width, top + height))
