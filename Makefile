@@ -1,8 +1,8 @@
 # Each target makes its environment on the first call, as train.sh does.
 .PHONY: test check docs
 
-# A process for each processor, eight at most, and a whole module to one of them. Two OpenMP threads that wait for each
-# other on a busy machine are ten times slower than one.
+# A process for each processor, eight at most, and a whole module to one of them. Two OpenMP threads
+# that wait for each other on a busy machine are ten times slower than one.
 test: export OMP_NUM_THREADS := 1
 test: export OMP_WAIT_POLICY := PASSIVE
 test:

@@ -26,6 +26,8 @@ COMMANDS = Table(
             "write the settings files to start from",
         ),
         Row("check", "simpletuner.apps.cli.check:run", "validate the settings, run nothing"),
+        Row("data", "simpletuner.apps.cli.data:run", "show what would be trained on"),
+        Row("cache", "simpletuner.apps.cli.cache:run", "fill, count, check and clear the caches"),
         Row("train", "simpletuner.apps.cli.train:run", "train a model"),
         Row("options", "simpletuner.apps.cli.options:run", "explain the settings"),
     ),

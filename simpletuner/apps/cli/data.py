@@ -1,0 +1,186 @@
+"""``simpletuner data``: what a run would train on, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.apps.cli.train import refuse_missing_folders
+from simpletuner.config.load import Loaded, load
+from simpletuner.core.errors import DataError
+from simpletuner.core.events import Bus
+from simpletuner.core.table import Row, Table
+from simpletuner.tracking.sinks.plain import PlainSink
+
+if TYPE_CHECKING:
+    from simpletuner.data.source import DataSource
+
+HELP = """\
+usage: simpletuner data COMMAND [--config PATH | --env NAME | --example NAME] [--key value …]
+
+Looks at the datasets of the settings as `simpletuner train` does, with the same arguments. Loads no
+model and never writes into a dataset.
+
+commands:
+  report    found, usable, left out and why, sizes, steps and samples of an epoch
+  preview   a PNG and an HTML file of the exact pixels that are trained on, each beside its picture
+            with the box that is cut out, its scale and its captions
+  captions  every picture with its captions
+  verify    decodes every picture; those that cannot be used are remembered with their reason
+
+options:
+  --json       report, captions, verify: as JSON on standard output
+  --out FILE   preview: the PNG (OUTPUT_DIR/preview.png); the HTML file lies beside it
+  --count N    preview: pictures of each dataset (24)
+
+example: simpletuner data preview --env my-run --count 12
+
+exit code: 0; 3 if too many pictures of a dataset cannot be used, or verify found one
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one of the commands on the datasets that `arguments` name."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, end="")
+        return 0
+    command = COMMANDS[arguments[0]].load()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--count", type=int, default=24)
+    options, words = parser.parse_known_args(arguments[1:])
+    loaded = load(words, os.environ, Path.cwd())
+    refuse_missing_folders(loaded)
+    code: int = command(loaded, _open(loaded), options)
+    return code
+
+
+def report(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Namespace) -> int:
+    """Print the dataset report."""
+    from simpletuner.core.seeds import Seeds
+    from simpletuner.data.plan import BatchPlan
+    from simpletuner.data.report import DataReport
+
+    config = loaded.config
+    seeds = Seeds(config.runtime.seed)
+    plan = BatchPlan.of(
+        sources,
+        **config.schedule.window_shape,
+        data_backend_sampling=config.data.data_backend_sampling,
+        seeds=seeds,
+    )
+    made = DataReport.of(sources, plan)
+    if options.json:
+        _print_json(asdict(made))
+    else:
+        print("\n".join(made.lines(most=1000)))
+    return 0
+
+
+def preview(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Namespace) -> int:
+    """Write the contact sheet."""
+    from simpletuner.core.files import write_through
+    from simpletuner.data.preview import chosen, look, page, sheet
+
+    shown = [look(source, row) for source in sources for row in chosen(len(source), options.count)]
+    file = options.out or Path(loaded.config.runtime.output_dir) / "preview.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture = sheet(shown)
+    write_through(file, lambda temporary: picture.save(temporary, format="PNG"))
+    html = page(shown).encode()
+    write_through(file.with_suffix(".html"), lambda temporary: temporary.write_bytes(html))
+    print(f"{len(shown)} pictures in {file} and {file.with_suffix('.html')}")
+    return 0
+
+
+def captions(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Namespace) -> int:
+    """Print every picture with its captions."""
+    found = {
+        source.id: {source.path(row): list(source.captions(row)) for row in range(len(source))}
+        for source in sources
+    }
+    if options.json:
+        _print_json(found)
+        return 0
+    for name, pictures in found.items():
+        for path, texts in pictures.items():
+            print(f"{name}: {path}")
+            print("\n".join(f"    {text or '(empty caption)'}" for text in texts))
+    return 0
+
+
+def verify(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Namespace) -> int:
+    """Decode every picture; remember those that cannot be."""
+    faults = {source.id: _undecodable(source, source.pixels) for source in sources}
+    for source in sources:
+        if faults[source.id]:
+            source.remember(faults[source.id])
+        if source.masked:  # another file than the picture, which may stay as it is
+            masks = _undecodable(source, lambda row, of=source: of.mask(row, of.geometry(row)))
+            faults[source.id] = {**masks, **faults[source.id]}
+    if options.json:
+        _print_json(faults)
+    else:
+        for source in sources:
+            for path, reason in faults[source.id].items():
+                print(f"{source.id}: {path}: {reason}")
+            sound = len(source) - len(faults[source.id])
+            print(f"{source.id}: {sound} of {len(source)} pictures can be decoded")
+    return DataError.exit_code if any(faults.values()) else 0
+
+
+COMMANDS = Table(
+    "data command",
+    (
+        Row("report", report, "what is found, used and left out"),
+        Row("preview", preview, "the exact training pixels as one picture"),
+        Row("captions", captions, "every picture's captions"),
+        Row("verify", verify, "decode every picture"),
+    ),
+)
+"""Command → ``command(loaded, sources, options) -> exit code``."""
+
+
+def _open(loaded: Loaded) -> list[DataSource]:
+    from simpletuner.data.opening import open_sources
+
+    config = loaded.config
+    index = config.cache.root(Path(config.runtime.output_dir)) / "index"
+    bus = Bus([PlainSink(sys.stderr)])
+    try:
+        return open_sources(
+            loaded.datasets,
+            index_folder=index,
+            train_batch_size=config.schedule.train_batch_size,
+            bus=bus,
+        )
+    finally:
+        bus.close()
+
+
+def _undecodable(source: DataSource, look: Callable[[int], object]) -> dict[str, str]:
+    """Why, by path, `look` finds that some pictures of a dataset cannot be decoded."""
+    from simpletuner.data.pixels import PictureError
+
+    def fault(row: int) -> str | None:
+        try:
+            look(row)
+        except PictureError as error:
+            return error.message.removeprefix(f"dataset {source.id}: {source.path(row)} ")
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        reasons = pool.map(fault, range(len(source)))
+        return {source.path(row): why for row, why in enumerate(reasons) if why is not None}
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
