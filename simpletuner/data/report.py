@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from simpletuner.data.buckets import group
+from simpletuner.data.excluded import Excluded
 from simpletuner.data.plan import BatchPlan
-from simpletuner.data.source import DataSource, Excluded
+from simpletuner.data.source import DataSource
 
 
 @dataclass(frozen=True)

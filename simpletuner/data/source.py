@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from simpletuner.core.types import Geometry, Sample
 from simpletuner.data.caption_edits import PLACEHOLDER
 from simpletuner.data.caption_settings import DatasetCaptionSettings
 from simpletuner.data.columns import bytes16, kept, keys_of, sizes_of
+from simpletuner.data.excluded import FAULTS_ALLOWED, Excluded, listed, pictures
 from simpletuner.data.files import open_files
 from simpletuner.data.geometry import Sizes
 from simpletuner.data.index import NO_CAPTION, Index
@@ -30,26 +30,6 @@ from simpletuner.data.pixels import PictureError, decode, opacity, render, rende
 from simpletuner.data.rules import background, caption_rule, sizing
 from simpletuner.data.settings import DatasetSettings
 from simpletuner.data.storage.base import PICTURE_SUFFIXES
-
-FAULTS_ALLOWED = (2, 0.05)
-"""So many pictures, or this share of them, may be unusable before it is an error."""
-
-FAULTS_LISTED = 10
-
-
-@dataclass(frozen=True)
-class Excluded:
-    """Pictures that are not trained on for one reason.
-
-    Args:
-        reason: A fault, or the setting that leaves them out.
-        count: How many.
-        example: The path of one of them.
-    """
-
-    reason: str
-    count: int
-    example: str
 
 
 class DataSource:
@@ -402,7 +382,7 @@ class DataSource:
         if len(rejects) < len(table) and not allowed:
             raise DataError(
                 f"dataset {self.id}: {len(rejects)} of {len(table)} pictures cannot be used\n"
-                + "\n".join([_listed(rejects), *self._masks_alone()]),
+                + "\n".join([listed(rejects), *self._masks_alone()]),
                 fix=f"{mend}, or set allow_excluded to train on the others",
             )
         return kept(table, pc.invert(fault)), rejects
@@ -423,7 +403,7 @@ class DataSource:
             lines += [f"{len(self.rejects)} cannot be used"] * bool(self.rejects)
             lines += [f"{out.count} left out by {name}" for name, out in taken.items()]
             text = "\n".join(f"  {line}" for line in [*lines, "0 left"])
-            lines = [text, *([_listed(self.rejects)] if self.rejects else []), *self._masks_alone()]
+            lines = [text, *([listed(self.rejects)] if self.rejects else []), *self._masks_alone()]
             raise DataError("\n".join([f"dataset {self.id}: nothing is left to train on", *lines]))
         return kept(sound, pa.array(keep)), targets[keep], taken
 
@@ -434,7 +414,7 @@ class DataSource:
             return []
         are = "mask in {} is" if len(alone) == 1 else "masks in {} are"
         heading = f"{len(alone)} {are.format(self._masks.id)} left over:"
-        return [heading, _listed(dict.fromkeys(alone, f"no picture in {self.id}"))]
+        return [heading, listed(dict.fromkeys(alone, f"no picture in {self.id}"))]
 
     def _captions_with_placeholder(self) -> int:
         """Texts that hold the place of a trigger word where there is none."""
@@ -447,13 +427,13 @@ class DataSource:
         say, name, count = self._bus.notice, f"dataset {self.id}", len(self)
         if self.rejects:
             say(
-                f"{name}: {_pictures(len(self.rejects))} cannot be used\n{_listed(self.rejects)}",
+                f"{name}: {pictures(len(self.rejects))} cannot be used\n{listed(self.rejects)}",
                 "warning",
             )
         if alone := self._masks_alone():
             say("\n".join([f"{name}: {alone[0]}", *alone[1:]]), "warning")
         if self._captions.has_texts and self._texts.null_count:
-            without = _pictures(self._texts.null_count)
+            without = pictures(self._texts.null_count)
             where = "a text file" if self._captions.reads_text else "a caption in the table"
             say(f"{name}: {without} without {where}, captioned by default_caption")
         held = self._captions_with_placeholder()
@@ -462,20 +442,8 @@ class DataSource:
             say(f"{name}: {held} {what} {PLACEHOLDER} and there is no trigger_word", "warning")
         twins = count - len(np.unique(self.content))
         if twins:
-            say(f"{name}: {_pictures(twins)} with exactly the bytes of another", "warning")
+            say(f"{name}: {pictures(twins)} with exactly the bytes of another", "warning")
 
 
 _CAPTION_SETTINGS = set(DatasetCaptionSettings.model_fields)
 _REASONS = ("reason", "caption_reason", "mask_reason")
-
-
-def _pictures(count: int) -> str:
-    return "1 picture" if count == 1 else f"{count} pictures"
-
-
-def _listed(reasons: Mapping[str, str]) -> str:
-    """The first reasons, a line each."""
-    lines = [f"  {path}: {reason}" for path, reason in list(reasons.items())[:FAULTS_LISTED]]
-    if len(reasons) > FAULTS_LISTED:
-        lines.append(f"  and {len(reasons) - FAULTS_LISTED} more")
-    return "\n".join(lines)

@@ -9,8 +9,9 @@ import pytest
 
 from simpletuner.core.errors import DataError
 from simpletuner.core.events import Bus
+from simpletuner.data.excluded import Excluded
 from simpletuner.data.plan import BatchPlan
-from simpletuner.data.source import DataSource, Excluded
+from simpletuner.data.source import DataSource
 from tests.unit.data.making import SEEDS, entry, opened, picture
 
 

@@ -13,9 +13,10 @@ from simpletuner.core.errors import DataError
 from simpletuner.core.events import Bus
 from simpletuner.core.files import content_digest
 from simpletuner.core.seeds import Seeds
+from simpletuner.data.excluded import Excluded
 from simpletuner.data.pixels import PictureError
 from simpletuner.data.plan import BatchPlan
-from simpletuner.data.source import DataSource, Excluded
+from simpletuner.data.source import DataSource
 from tests.unit.data.making import SEEDS, entry, opened, picture, told
 
 
