@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +61,7 @@ class Collected:
 class _Pack:
     path: Path
     table: pa.Table
+    marked: frozenset[bytes]  # as damaged: they count as missing
 
     @property
     def keys(self) -> list[bytes]:
@@ -87,9 +87,9 @@ def survey(folder: Path, wanted: Collection[bytes]) -> Survey:
     unused = unused_bytes = 0
     for pack in packs:
         for key, size in zip(pack.keys, pack.sizes, strict=True):
-            if key in wanted and key not in there:
+            if key in wanted and key not in there and key not in pack.marked:
                 there.add(key)
-            else:  # nobody asks for it, or an earlier pack answers
+            else:  # nobody asks for it, it is damaged, or an earlier pack answers
                 unused += 1
                 unused_bytes += size
     return Survey(
@@ -145,7 +145,7 @@ def collect(folder: Path, wanted: Collection[bytes], *, dry: bool = False) -> Co
     store = TensorStore.open(folder)
     for pack in _packs(folder)[0]:
         sizes = dict(zip(pack.keys, pack.sizes, strict=True))
-        kept = [key for key in sizes if key in wanted and key not in there]
+        kept = [key for key in sizes if key in wanted and key not in there | pack.marked]
         there.update(kept)
         used, all_ = sum(sizes[key] for key in kept), sum(sizes.values())
         if used > _WASTE * all_:
@@ -154,8 +154,10 @@ def collect(folder: Path, wanted: Collection[bytes], *, dry: bool = False) -> Co
         entries += len(sizes) - len(kept)
         unused += all_ - used
         for key in () if dry else kept:
-            with suppress(DamagedEntryError):  # it counts as missing, and is encoded again
+            try:
                 store.put(key, store.get(key))
+            except DamagedEntryError:  # it counts as missing, but for a copy in a later pack
+                there.discard(key)
     store.close()
     left = [file for file in folder.glob(f"*{PARTIAL}") if _age(file) > STALE_SECONDS]
     if dry:
@@ -170,7 +172,9 @@ def _packs(folder: Path) -> tuple[list[_Pack], int]:
     found, refused = [], 0
     for path in sorted(folder.glob(f"*{PACK}")):
         try:
-            found.append(_Pack(path, _table(path)))
+            marks = path.parent.glob(f"{path.stem}.*{DAMAGED}")
+            keys = (mark.name.removesuffix(DAMAGED).rpartition(".")[2] for mark in marks)
+            found.append(_Pack(path, _table(path), frozenset(map(bytes.fromhex, keys))))
         except DamagedPackError:
             refused += 1
     return found, refused

@@ -66,6 +66,9 @@ NO_FACTS = -1
 UNSURE = -2
 """Stored as mtime_ns where the file must be looked at again next time."""
 
+CANNOT_READ = "cannot be read: "
+"""How the reason begins that may be gone without a change of the file."""
+
 NO_CAPTION = "no caption"
 NO_FILE = "there is no such file"
 
@@ -95,6 +98,7 @@ class Index:
         self.workers = workers
         self.bus = bus
         self.title = title
+        self._rejected: dict[bytes, str] = {}
 
     def load(self) -> pa.Table:
         """The table as it was saved; empty if there is none that can be read."""
@@ -166,7 +170,7 @@ class Index:
         try:
             data = self.storage.read(path)
         except OSError as error:
-            raise PictureError(f"cannot be read: {error.strerror or error}", where) from error
+            raise PictureError(f"{CANNOT_READ}{error.strerror or error}", where) from error
         if blake2b(data, digest_size=16).hexdigest() != content:
             raise DataError(
                 f"{where} was changed after it was indexed",
@@ -181,6 +185,7 @@ class Index:
         now = self._listing(keys, pool)
         same, at = _unchanged(old, paths, now)
         todo = np.flatnonzero(~same)
+        self._rejected = _rejected(old)
         parts = [old.take(pa.array(at[same]))]
         self._tell(Stage, "running", total=len(todo))
         saved = time.monotonic()
@@ -203,13 +208,15 @@ class Index:
         except OSError as error:
             # A right that is given later does not change the file: look again next time.
             gone = isinstance(error, FileNotFoundError)
-            reason = NO_FILE if gone else f"cannot be read: {error.strerror or error}"
+            reason = NO_FILE if gone else f"{CANNOT_READ}{error.strerror or error}"
             unsure = {"path": path, "size": size, "mtime_ns": UNSURE}
             return {**unsure, "status": "reject", "reason": reason}
         if size == NO_FACTS and (facts := self.storage.facts(path)):  # reading has fetched it
             size, mtime_ns = facts.size, facts.mtime_ns
         row = {"path": path, "size": size, "mtime_ns": _settled(mtime_ns)}
         row["content"] = blake2b(data, digest_size=16).digest()
+        if held := self._rejected.get(row["content"]):
+            return {**row, "status": "reject", "reason": held}
         found = probe(data)
         if isinstance(found, str):
             return {**row, "status": "reject", "reason": found}
@@ -315,6 +322,13 @@ def _unchanged(
     at = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     same = (at >= 0) & (now.size >= 0) & (_numbers(old["size"])[at] == now.size)
     return same & (_numbers(old["mtime_ns"])[at] == now.mtime_ns), at
+
+
+def _rejected(old: pa.Table) -> dict[bytes, str]:
+    """Why contents could not be used when they were looked at; a younger file may be the same."""
+    faulty = old.filter(pc.and_(pc.equal(old["status"], "reject"), pc.is_valid(old["content"])))
+    known = zip(faulty["content"].to_pylist(), faulty["reason"].to_pylist(), strict=True)
+    return {content: why for content, why in known if not why.startswith(CANNOT_READ)}
 
 
 def _settled(mtime_ns: int) -> int:

@@ -104,14 +104,6 @@ def precompute(
         captions = {f"dataset {source.id}": source.all_captions() for source in sources}
         text.prepare({**captions, "validation prompts": prompts.captions()}, bus)
         sound = latents.prepare(sources, bus)
-        if not _refilled(sources, sound):
+        if all(new is old for old, new in zip(sources, sound, strict=True)):
             return Caches(sound, latents, text, seeds)
-        sources = sound
-
-
-def _refilled(before: Sequence[DataSource], after: Sequence[DataSource]) -> bool:
-    """True if undecodable pictures made room for others, which have to be encoded as well."""
-    return any(
-        new is not old and new.settings.max_num_samples is not None
-        for old, new in zip(before, after, strict=True)
-    )
+        sources = sound  # without what is undecodable, others may be drawn, or cut to other sizes

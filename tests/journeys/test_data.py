@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from simpletuner.core.events import Bus
 from simpletuner.data.preview import look, sheet
 from simpletuner.data.settings import DatasetSettings, DataSettings, inherit
 from simpletuner.data.source import DataSource
+from simpletuner.data.storage.local import LocalStorage
 from tests.runs import Run
 
 Captured = pytest.CaptureFixture[str]
@@ -130,6 +132,42 @@ def test_the_preview_is_a_picture_and_the_dataset_is_only_read(run: Run) -> None
     assert len(found) == 4
     assert shapes <= {(80, 48), (48, 80), (64, 64), (96, 48)}
     assert {path: path.stat().st_mtime_ns for path in run.pictures.rglob("*")} == before
+
+
+def test_a_preview_that_cannot_be_made_says_why(run: Run, capsys: Captured) -> None:
+    (run.pictures / "torn.png").unlink()
+    with pytest.raises(SystemExit) as ended:
+        data(run, "preview", "--count", "0")
+    assert ended.value.code == 2
+    assert "must be a number of pictures, 1 or more" in capsys.readouterr().err
+    (run.root / "file").write_text("")
+    for place in (run.pictures, run.root / "file" / "look.png"):
+        assert data(run, "preview", "--count", "1", "--out", str(place)) == 3
+        assert "name another file with --out" in capsys.readouterr().err
+
+
+def test_a_storage_that_is_not_built_is_refused(run: Run, capsys: Captured) -> None:
+    run.dataset = {"id": "hub", "type": "huggingface", "dataset_name": "a/b"}
+    assert data(run, "report") == 2
+    assert "huggingface" in capsys.readouterr().err
+
+
+def test_a_picture_that_could_not_be_read_is_tried_again(
+    run: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run.pictures / "torn.png").unlink()
+    assert data(run, "report") == 0
+    real = LocalStorage.read
+
+    def read(self: LocalStorage, key: str) -> bytes:
+        if key.endswith("number_3.png"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "read", read)
+        assert data(run, "verify") == 3
+    assert told(run, "report", capsys)["datasets"][0]["usable"] == 8
 
 
 def test_a_preview_shows_the_exact_pixels_the_box_and_the_caption(tmp_path: Path) -> None:

@@ -142,6 +142,25 @@ def test_several_resolutions_of_one_entry_are_trained_beside_each_other(
     assert {path.name for path in (tmp_path / "vae").iterdir()} == {"32", "64"}
 
 
+def test_pictures_of_a_bucket_that_became_rare_are_encoded_in_their_new_size(
+    bench: Bench, tmp_path: Path
+) -> None:
+    run = bench.fresh(tmp_path)
+    run.pictures = tmp_path / "pictures"
+    run.pictures.mkdir()
+    noise = np.random.default_rng(0)
+    for name, count, size in (("s", 6, (256, 256)), ("w", 4, (264, 248))):
+        for number in range(count):
+            pixels = noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(run.pictures / f"{name}{number}.png")
+    torn = run.pictures / "w1.png"
+    torn.write_bytes(torn.read_bytes()[:90_000])
+    run.dataset |= {"instance_data_dir": str(run.pictures), "allow_excluded": True}
+    run.dataset |= {"resolution": 256, "aspect_bucket_alignment": 8}
+    settings = {"train_batch_size": 4, "rare_buckets": "merge", "num_train_epochs": 1}
+    assert run.train(**settings, max_train_steps=0) == 0
+
+
 def test_buckets_that_do_not_fill_the_batch_of_the_run_are_rare(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -206,7 +206,7 @@ def _front(loaded: Loaded, folder: RunFolder, bus: Bus) -> tuple[Any, ...]:
 
 def _load(words: Sequence[str]) -> Loaded:
     loaded = load(words, os.environ, Path.cwd())
-    refuse_pending(loaded)
+    refuse_pending(loaded.pending)
     refuse_missing_folders(loaded)
     return loaded
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.apps.cli.train import refuse_missing_folders
+from simpletuner.apps.cli.train import refuse_missing_folders, refuse_pending
 from simpletuner.config.load import Loaded, load
 from simpletuner.core.errors import DataError
 from simpletuner.core.events import Bus
@@ -52,12 +52,19 @@ def run(arguments: Sequence[str]) -> int:
         print(HELP, end="")
         return 0
     command = COMMANDS[arguments[0]].load()
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"simpletuner data {arguments[0]}",
+        usage="see `simpletuner data --help`",
+        add_help=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--count", type=_count, default=24)
     options, words = parser.parse_known_args(arguments[1:])
     loaded = load(words, os.environ, Path.cwd())
+    datasets = loaded.files[-1].name
+    refuse_pending([p for p in loaded.pending if p.file and Path(p.file).name == datasets])
     refuse_missing_folders(loaded)
     code: int = command(loaded, _open(loaded), options)
     return code
@@ -87,16 +94,16 @@ def report(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Name
 
 def preview(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Namespace) -> int:
     """Write the contact sheet."""
-    from simpletuner.core.files import write_through
+    from simpletuner.core.files import write_through, writing
     from simpletuner.data.preview import chosen, look, page, sheet
 
     shown = [look(source, row) for source in sources for row in chosen(len(source), options.count)]
     file = options.out or Path(loaded.config.runtime.output_dir) / "preview.png"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    picture = sheet(shown)
-    write_through(file, lambda temporary: picture.save(temporary, format="PNG"))
-    html = page(shown).encode()
-    write_through(file.with_suffix(".html"), lambda temporary: temporary.write_bytes(html))
+    picture, html = sheet(shown), page(shown).encode()
+    with writing(DataError, file.name, file.parent, "name another file with --out"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_through(file, lambda temporary: picture.save(temporary, format="PNG"))
+        write_through(file.with_suffix(".html"), lambda temporary: temporary.write_bytes(html))
     print(f"{len(shown)} pictures in {file} and {file.with_suffix('.html')}")
     return 0
 
@@ -180,6 +187,12 @@ def _undecodable(source: DataSource, look: Callable[[int], object]) -> dict[str,
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         reasons = pool.map(fault, range(len(source)))
         return {source.path(row): why for row, why in enumerate(reasons) if why is not None}
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError("must be a number of pictures, 1 or more")
+    return int(text)
 
 
 def _print_json(value: Any) -> None:

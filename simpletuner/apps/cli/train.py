@@ -9,7 +9,7 @@ from pathlib import Path
 
 from simpletuner.apps.cli import log_to
 from simpletuner.config.load import Loaded, load
-from simpletuner.core.errors import ConfigError, DataError, SimpleTunerError
+from simpletuner.core.errors import ConfigError, DataError, Problem, SimpleTunerError
 from simpletuner.core.events import Bus, RunFailed
 from simpletuner.core.extras import require
 from simpletuner.core.files import RunFolder
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
         print(HELP, end="")
         return 0
     loaded = load(arguments, os.environ, Path.cwd())
-    refuse_pending(loaded)
+    refuse_pending(loaded.pending)
     refuse_missing_folders(loaded)
     for name, value in loaded.exports.items():
         os.environ.setdefault(name, value)  # a shell-syntax file's exports; the shell's own win
@@ -49,15 +49,15 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def refuse_pending(loaded: Loaded) -> None:
+def refuse_pending(pending: Sequence[Problem]) -> None:
     """Refuse settings that are not built yet.
 
     Raises:
         ConfigError: Names each of them.
     """
-    if loaded.pending:
+    if pending:
         raise ConfigError(
-            problems=loaded.pending, fix="remove these settings; `simpletuner check` shows the rest"
+            problems=pending, fix="remove these settings; `simpletuner check` shows the rest"
         )
 
 

@@ -105,6 +105,24 @@ def test_a_flipped_byte_is_found_and_only_this_entry_is_missing(folder: Path) ->
 
     assert set(range(30)) - set(values(folder)) == {13}
     assert damaged(folder) == []
+    every = {key(number) for number in range(30)}
+    assert survey(folder, every).present == 29
+
+
+def test_the_good_copy_of_a_damaged_entry_is_the_one_that_is_kept(folder: Path) -> None:
+    pack = sorted(folder.glob(f"*{PACK}"))[1]
+    data = bytearray(pack.read_bytes())
+    data[-3] ^= 1
+    pack.write_bytes(data)
+    assert damaged(folder) == [key(19)]
+    fill(folder, range(19, 20))
+    every = {key(number) for number in range(30)}
+    assert survey(folder, every).present == 30
+
+    collect(folder, every)
+    collect(folder, {key(19)})
+
+    assert values(folder)[19] == 19.0
 
 
 def test_only_old_unfinished_packs_are_removed(folder: Path) -> None:
