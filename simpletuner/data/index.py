@@ -213,9 +213,9 @@ class Index:
             return {**unsure, "status": "reject", "reason": reason}
         if size == NO_FACTS and (facts := self.storage.facts(path)):  # reading has fetched it
             size, mtime_ns = facts.size, facts.mtime_ns
-        row = {"path": path, "size": size, "mtime_ns": _settled(mtime_ns)}
-        row["content"] = blake2b(data, digest_size=16).digest()
-        if held := self._rejected.get(row["content"]):
+        content = blake2b(data, digest_size=16).digest()
+        row = {"path": path, "size": size, "mtime_ns": _settled(mtime_ns), "content": content}
+        if held := self._rejected.get(content):
             return {**row, "status": "reject", "reason": held}
         found = probe(data)
         if isinstance(found, str):
