@@ -52,7 +52,9 @@ def unfit(pictures: Sequence[Read], conditioning: Sequence[Read]) -> Iterator[Pr
     """What is wrong with how the two belong together."""
     for each in pictures:
         yield from _misnamed(each, [other.id for other in conditioning])
-        masks = [other.id for other in _masks(each.settings, conditioning)]
+        found = list(_masks(each.settings, conditioning))
+        yield from _own_masks(each.settings, found)
+        masks = [other.id for other in found]
         if len(masks) > 1:
             message = f"{' and '.join(masks)} are both masks of {each.id}; keep one"
             yield each.given["id"].problem(message)
@@ -72,6 +74,17 @@ def _masks(pictures: DatasetSettings, conditioning: Iterable[Read]) -> Iterator[
 def _together(pictures: DatasetSettings, other: DatasetSettings) -> bool:
     """True if one of the two names the other."""
     return other.id in pictures.named_conditioning or other.source_dataset_id == pictures.id
+
+
+def _own_masks(pictures: DatasetSettings, masks: Iterable[Read]) -> Iterator[Problem]:
+    """Masks that lie where their pictures do, so that each picture would be its own mask."""
+    for each in masks:
+        folders = (pictures.instance_data_dir, each.settings.instance_data_dir)
+        if len({folder and folder.resolve() for folder in folders}) == 1:
+            yield each.given["instance_data_dir"].problem(
+                f"is the folder of {pictures.id} itself, so each picture would be its own mask;"
+                " name the folder with the masks"
+            )
 
 
 def _misnamed(pictures: Read, known: Sequence[str]) -> Iterator[Problem]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +13,21 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from simpletuner.core.events import Bus
+from simpletuner.core.events import Bus, Stage, StageProgress
 from simpletuner.core.files import safe_name
 from simpletuner.core.seeds import key64
-from simpletuner.data.columns import bytes16
-from simpletuner.data.geometry import Keys
-from simpletuner.data.index import Index
+from simpletuner.data.columns import bytes16, sizes_of
+from simpletuner.data.geometry import Keys, Sizes
+from simpletuner.data.index import CANNOT_READ, CHUNK, UNSURE, Index
 from simpletuner.data.pairing import pair
 from simpletuner.data.pixels import PictureError, decode
 from simpletuner.data.settings import DatasetSettings
 from simpletuner.data.storage.local import LocalStorage
 
 _BLACK = (0, 0, 0)
+
+_WHOLE = "whole"
+"""The status of a mask that was decoded, beside those of an index."""
 
 
 class Masks:
@@ -46,7 +51,8 @@ class Masks:
         """
         assert settings.instance_data_dir is not None, "checked with the settings"
         index = Index(
-            index_folder / f"{safe_name(settings.id)}.parquet",
+            # Apart from the indexes of pictures, which know no mask that was decoded.
+            index_folder / "masks" / f"{safe_name(settings.id)}.parquet",
             LocalStorage(settings.instance_data_dir),
             workers=min(settings.max_workers, os.cpu_count() or 1),
             bus=bus,
@@ -67,17 +73,68 @@ class Masks:
         """
         pairs = pair(table["path"], self._table["path"])
         rows = pa.array(pairs.rows, mask=pairs.rows < 0)
-        found = self._table.select(["path", "status", "reason"]).take(rows)
+        found = self._table.select(["path", "width", "height", "status", "reason"]).take(rows)
         mask = pc.binary_join_element_wise("its mask", found["path"], " ")
         broken = pc.binary_join_element_wise(mask, found["reason"], ": ")
+        sizes = pc.binary_join_element_wise(_shown(found), _shown(table), ", the picture ")
+        misfit = pc.binary_join_element_wise(mask, sizes, " is ")
         lacking = pc.if_else(pa.array(pairs.several), "several masks", "no mask")
         lacking = pc.binary_join_element_wise(lacking, f"in {self.id}", " ")
-        good = pc.fill_null(pc.equal(found["status"], "ok"), False)
-        why = pc.if_else(pc.is_null(rows), lacking, broken)
+        good = pc.fill_null(pc.not_equal(found["status"], "reject"), False)
+        why = pc.if_else(pc.is_null(rows), lacking, pc.if_else(good, misfit, broken))
+        good = pc.and_(good, _alike(found, table))
         for name, values, there in (("mask", rows, good), ("mask_reason", why, pc.invert(good))):
             nothing = pa.scalar(None, values.type)
             table = table.append_column(name, pc.if_else(there, values, nothing))
         return table, pairs.alone.to_pylist()
+
+    def decoded(self, rows: NDArray[np.int32]) -> Masks:
+        """Decode those of some masks that never were; what is found is kept until they change.
+
+        Args:
+            rows: The numbers of the masks.
+
+        Returns:
+            The masks with those marked that cannot be decoded; themselves if there is none.
+
+        Raises:
+            DataError: One is not the file that was indexed.
+            CacheError: What is found cannot be saved.
+        """
+        # Another dataset, or resolution, with the same masks may have decoded them since.
+        table, files = self._index.load(), ["path", "content"]
+        if not table.select(files).equals(self._table.select(files)):
+            table = self._table
+        wanted = np.unique(rows)
+        new = wanted[np.asarray(pc.equal(table["status"].take(pa.array(wanted)), "ok"))]
+        if len(new):
+            table = self._decode(table, new)
+        broken = pc.equal(table["status"].take(pa.array(wanted)), "reject")
+        return Masks(self.id, self._index, table) if pc.any(broken).as_py() else self
+
+    def _decode(self, table: pa.Table, rows: NDArray[np.int32]) -> pa.Table:
+        """`table` as it is saved: with what decoding `rows` finds, also if it is broken off."""
+        tell, stage, total = self._index.bus.emit, f"masks {self.id}", len(rows)
+        faults: list[str | None] = []
+        tell(Stage(stage=stage, state="running", total=total))
+        try:
+            with ThreadPoolExecutor(self._index.workers, thread_name_prefix="masks") as pool:
+                for start in range(0, total, CHUNK):
+                    faults += pool.map(self._fault, rows[start : start + CHUNK].tolist())
+                    done = len(faults)
+                    tell(StageProgress(stage=stage, state="running", done=done, total=total))
+        finally:
+            table = _marked(table, rows[: len(faults)], faults)
+            self._index.save(table)
+        tell(Stage(stage=stage, state="finished", done=total, total=total))
+        return table
+
+    def _fault(self, row: int) -> str | None:
+        try:
+            self.image(row)
+        except PictureError as error:
+            return error.reason
+        return None
 
     def digest(self, rows: NDArray[np.int32], keys: Keys) -> str:
         """Changes when a picture's mask does.
@@ -94,7 +151,7 @@ class Masks:
     def image(self, row: int) -> Image.Image:
         """One mask, upright; mode L, white where its picture is learned.
 
-        What is transparent in it counts as black; of colours, red counts.
+        What is transparent in it counts as black, a colour as the grey that is as bright.
 
         Raises:
             PictureError: It cannot be read or decoded.
@@ -104,6 +161,45 @@ class Masks:
         where = f"dataset {self.id}: {path}"
         data = self._index.read(path, content.hex(), where)
         try:
-            return decode(data, _BLACK).getchannel("R")
+            return decode(data, _BLACK).convert("L")
         except PictureError as error:
             raise PictureError(error.reason, where) from error
+
+
+def _marked(table: pa.Table, rows: NDArray[np.int32], faults: Sequence[str | None]) -> pa.Table:
+    """`table` with what decoding `rows` found."""
+    why = pa.nulls(len(table), pa.string())
+    decoded = np.zeros(len(table), np.bool_)
+    decoded[rows] = True  # in their order, for they are sorted
+    why = pc.replace_with_mask(why, pa.array(decoded), pa.array(faults, pa.string()))
+    status = pc.if_else(pc.is_valid(why), "reject", _WHOLE)
+    # What cannot be read may be readable later, without a change: look again next time.
+    unsure = pc.fill_null(pc.starts_with(why, CANNOT_READ), False)
+    for name, there, values in (
+        ("status", decoded, status),
+        ("reason", decoded, why),
+        ("mtime_ns", unsure, pa.scalar(UNSURE, pa.int64())),
+    ):
+        column = table.schema.get_field_index(name)
+        values = pc.if_else(pa.array(there), values, table[name])
+        table = table.set_column(column, name, values)
+    return table
+
+
+def _shown(table: pa.Table) -> pa.ChunkedArray:
+    """``64x128`` for each picture."""
+    width, height = (table[name].cast(pa.string()) for name in ("width", "height"))
+    return pc.binary_join_element_wise(width, height, "x")
+
+
+def _alike(masks: pa.Table, pictures: pa.Table) -> pa.Array:
+    """[n] true where a mask has the shape of its picture, but for a pixel of the smaller one."""
+    ours, theirs = _sides(masks), _sides(pictures)
+    off = np.abs(ours[:, 0] * theirs[:, 1] - ours[:, 1] * theirs[:, 0])
+    return pa.array(off <= np.maximum(ours, theirs).max(axis=1))
+
+
+def _sides(table: pa.Table) -> Sizes:
+    """[n, 2] width and height, 0 where they are not known."""
+    columns = [pc.fill_null(table[name], 0) for name in ("width", "height")]
+    return sizes_of(pa.table(columns, ["width", "height"]))

@@ -31,20 +31,22 @@ class Pairs:
 def pair(paths: pa.ChunkedArray, others: pa.ChunkedArray) -> Pairs:
     """The file in `others` that each of `paths` belongs to.
 
-    A file of exactly the picture's path comes first, then the only one that differs in its ending.
+    A file of exactly the picture's path comes first and is no other picture's; then the only one
+    that differs in its ending.
 
     Args:
         paths: [n] of the pictures, each once.
         others: [m] of the files, each once.
     """
     exact = _found(paths, others)
-    stems, other_stems = _stems(paths), _stems(others)
+    taken = _among(others, paths)
+    stems, other_stems = _stems(paths), pc.if_else(taken, None, _stems(others))
     rows = np.where(exact >= 0, exact, _found(stems, other_stems))
     counts = other_stems.value_counts()
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     several = (exact < 0) & (_found(stems, repeated) >= 0)
     rows[several] = -1
-    alone = pc.invert(pc.or_(_among(others, paths), _among(other_stems, stems)))
+    alone = pc.invert(pc.or_(taken, _among(other_stems, stems)))
     return Pairs(rows, several, others.filter(alone))
 
 

@@ -157,6 +157,27 @@ class DataSource:
         rest = (self._batch, self._bus, self._masks, self._unlisted)
         return DataSource(self.settings, self._index, table, *rest)
 
+    def with_whole_masks(self) -> DataSource:
+        """The dataset without the pictures whose masks turn out not to be decodable.
+
+        A mask is decoded once; what is found is kept in its index until it changes.
+
+        Returns:
+            The dataset itself if all its masks are whole. Else others may have come in, whose masks
+            are still to be decoded.
+
+        Raises:
+            DataError: A mask cannot be decoded and allow_excluded is not set, or it is not the file
+                that was indexed.
+        """
+        if self._masks is None:
+            return self
+        masks = self._masks.decoded(self._mask_rows)
+        if masks is self._masks:
+            return self
+        rest = (self._batch, self._bus, masks, self._unlisted)
+        return DataSource(self.settings, self._index, self._whole, *rest)
+
     def remember(self, reasons: Mapping[str, str]) -> pa.Table:
         """Keep in the index why pictures and their copies cannot be used, until they change.
 
@@ -383,7 +404,8 @@ class DataSource:
         few, share = FAULTS_ALLOWED
         some = len(rejects) <= max(few, share * len(table)) and not unmasked
         allowed = self.settings.allow_excluded or some
-        mend = "give each a mask of its own path" if unmasked else "mend or remove them"
+        mask = "give each a whole mask of its path and shape"
+        mend = mask if unmasked else "mend or remove them"
         if len(rejects) < len(table) and not allowed:
             raise DataError(
                 f"dataset {self.id}: {len(rejects)} of {len(table)} pictures cannot be used\n"

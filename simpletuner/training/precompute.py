@@ -12,6 +12,7 @@ from simpletuner.cache.text import TextCache
 from simpletuner.cache.upkeep import damaged
 from simpletuner.core.errors import DataError
 from simpletuner.core.types import Place
+from simpletuner.data.excluded import listed
 from simpletuner.precision.dtypes import dtype_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,15 @@ def _look_for_damage(sources: Sequence[DataSource], bus: Bus) -> None:
             )
 
 
+def _with_whole_masks(source: DataSource, bus: Bus) -> DataSource:
+    """`source` without the pictures whose masks cannot be decoded, each of which is named."""
+    while (rest := source.with_whole_masks()) is not source:
+        out = {path: why for path, why in rest.rejects.items() if path not in source.rejects}
+        bus.notice(f"dataset {source.id}: left out, repair the masks\n{listed(out)}", "warning")
+        source = rest
+    return source
+
+
 def open_caches(
     family: Family,
     sources: Sequence[DataSource],
@@ -95,12 +105,14 @@ def precompute(
 ) -> Caches:
     """Text embeddings, then latents; only what is missing is encoded, and encoders are freed.
 
-    The caches' sources are those to train on: without pictures that could not be decoded.
+    The caches' sources are those to train on: without pictures that could not be decoded, or
+    whose masks could not.
     """
     _fit_the_grid(family, sources)
     _look_for_damage(sources, bus)
     text, latents = open_caches(family, sources, text_embeds, settings, seeds, place, bus)
     while True:
+        sources = [_with_whole_masks(source, bus) for source in sources]
         captions = {f"dataset {source.id}": source.all_captions() for source in sources}
         text.prepare({**captions, "validation prompts": prompts.captions()}, bus)
         sound = latents.prepare(sources, bus)

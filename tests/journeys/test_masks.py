@@ -73,13 +73,63 @@ def test_a_picture_without_a_mask_stops_the_run_before_anything_is_loaded(
     assert json.loads((run.out / "run.json").read_text())["result"]["samples_seen"] == 7
 
 
-def test_verify_names_a_mask_that_breaks_off(run: Way, capsys: Captured) -> None:
-    mask = run.root / "masks/a_picture_number_2.png"
+def break_off(run: Way, mask: Path) -> bytes:
+    """Cut the pixels of a mask off; returns the whole file."""
+    with Image.open(mask.with_suffix(".webp")) as image:
+        size = image.size
     mask.with_suffix(".webp").unlink()
-    Image.effect_noise((96, 64), 50).save(mask)
+    Image.effect_noise(size, 50).save(mask)
     whole = mask.read_bytes()
-    mask.write_bytes(whole[:3000])
+    mask.write_bytes(whole[: len(whole) // 2])
     os.utime(mask, (1_700_000_000, 1_700_000_000))
+    return whole
+
+
+def test_a_mask_that_breaks_off_is_found_before_anything_is_encoded(
+    run: Way, capsys: Captured
+) -> None:
+    whole = break_off(run, mask := run.root / "masks/a_picture_number_2.png")
+    for path in mask.parent.iterdir():
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+
+    def decoded() -> list[int]:
+        found = [event for event in run.events("stage") if event["stage"] == "masks masks"]
+        return [event["total"] for event in found if event["state"] == "finished"]
+
+    said = "its mask a_picture_number_2.png: cannot be decoded"
+    for _ in range(2):
+        assert run.train() == 3
+        heard = capsys.readouterr().err
+        assert f"1 of 8 pictures cannot be used\n  a_picture_number_2.png: {said}" in heard
+        assert "give each a whole mask of its path and shape, or set allow_excluded" in heard
+        assert decoded() == [8]  # the second start knows
+
+    run.dataset["allow_excluded"] = True
+    run.settings.pop("max_train_steps")
+    assert run.train(num_train_epochs=1) == 0
+    assert json.loads((run.out / "run.json").read_text())["result"]["samples_seen"] == 7
+    assert decoded() == [8]
+
+    mask.write_bytes(whole)
+    assert run.train(num_train_epochs=1, resume_from_checkpoint="none") == 0
+    assert json.loads((run.out / "run.json").read_text())["result"]["samples_seen"] == 8
+    assert decoded() == [8, 1]
+
+
+def test_pictures_whose_masks_break_off_are_left_out_by_name(run: Way) -> None:
+    """Also where others come in for them, and where one folder has the masks of two datasets."""
+    for number in range(4):
+        break_off(run, run.root / f"masks/a_picture_number_{number}.png")
+    run.dataset |= {"allow_excluded": True, "max_num_samples": 3, "resolution": [64, 80]}
+    run.settings.pop("max_train_steps")
+    assert run.train(num_train_epochs=1) == 0
+    assert json.loads((run.out / "run.json").read_text())["result"]["samples_seen"] == 6
+    left_out = [said for said in run.notices().split("dataset ") if "repair the masks" in said]
+    assert any("its mask a_picture_number_" in said for said in left_out)
+
+
+def test_verify_names_a_mask_that_breaks_off(run: Way, capsys: Captured) -> None:
+    whole = break_off(run, mask := run.root / "masks/a_picture_number_2.png")
     assert main(["data", "verify", "--config", str(run.write())]) == 3
     said = capsys.readouterr().out
     name = "a_picture_number_2.png"

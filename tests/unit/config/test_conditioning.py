@@ -10,7 +10,7 @@ MASKS: dict[str, Any] = {
     "id": "masks",
     "dataset_type": "conditioning",
     "conditioning_type": "mask",
-    "instance_data_dir": "pictures",
+    "instance_data_dir": "masks",
 }
 NAMING = {**PICTURES, "conditioning_data": "masks"}
 
@@ -107,6 +107,18 @@ def test_what_names_nothing_is_refused(place: Workplace) -> None:
         assert said in place.messages()
 
 
+def test_the_folder_of_the_pictures_is_not_that_of_their_masks(place: Workplace) -> None:
+    (place.root / "link").symlink_to(place.root / "pictures")
+    for folder in ("pictures", "./pictures/", "link"):
+        place.datasets("", NAMING, {**MASKS, "instance_data_dir": folder})
+        assert place.messages() == [
+            "instance_data_dir: is the folder of pictures itself, so each picture would be its own"
+            " mask; name the folder with the masks"
+        ]
+    place.datasets("", NAMING, {**MASKS, "instance_data_dir": "pictures/masks"})
+    assert place.messages() == []
+
+
 def test_other_conditioning_waits_and_is_not_trained_on(place: Workplace) -> None:
     edges = {**MASKS, "id": "edges", "conditioning_type": "controlnet"}
     place.datasets("", {**PICTURES, "conditioning_data": ["masks", "edges"]}, MASKS, edges)
@@ -135,9 +147,13 @@ def test_regularisation_alone_teaches_nothing(place: Workplace) -> None:
     kept = {**PICTURES, "id": "kept", "is_regularization_data": True}
     place.datasets("", kept)
     assert place.messages() == [
-        "is_regularisation_data: holds in every dataset of pictures, so nothing would be learned;"
-        " leave it out of one"
+        "is_regularisation_data: holds in every dataset of pictures with a probability above 0, so"
+        " nothing would be learned; leave it out of one"
     ]
+    alone = place.messages()
+
+    place.datasets("", {**PICTURES, "probability": 0}, kept)
+    assert place.messages() == alone
 
     place.datasets("", PICTURES, kept)
     first, second = place.load().datasets.training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from simpletuner.core.errors import DataError
-from simpletuner.core.events import Bus, Notice
+from simpletuner.core.events import Bus, Notice, Stage
 from simpletuner.core.seeds import Seeds
 from simpletuner.data.pixels import PictureError
 from simpletuner.data.preview import look, sheet
@@ -32,19 +33,22 @@ def masks(folder: Path) -> Path:
     return made
 
 
-def masked(folder: Path, heard: Heard | None = None, **rest: Any) -> DataSource:
+def masked(
+    folder: Path, heard: Heard | None = None, bus: Bus | None = None, **rest: Any
+) -> DataSource:
     """The dataset of `folder` with the masks in the folder ``masks`` beside it."""
     given = {"id": "m", "conditioning_type": "mask", "instance_data_dir": folder.parent / "masks"}
-    bus = Bus([heard] if heard else [])
+    ours = bus or Bus([heard] if heard else [])
     try:
         return DataSource.open(
             entry(folder, **rest),
             index_folder=folder.parent / "cache",
             masks=DatasetSettings(**given),
-            bus=bus,
+            bus=ours,
         )
     finally:
-        bus.close()
+        if bus is None:
+            ours.close()
 
 
 # ---- geometry
@@ -108,6 +112,124 @@ def test_a_mask_has_no_ringing_and_what_is_transparent_in_it_is_black(tmp_path: 
     assert mask[:, :30].min() == 255
     assert mask[:, 34:].max() == 0
     assert (np.diff(mask.astype(int), axis=1) <= 0).all()
+
+
+def test_a_colour_counts_by_its_brightness(tmp_path: Path) -> None:
+    picture(tmp_path / "data", "a.png", (192, 64))
+    image = Image.new("RGB", (192, 64), (0, 255, 255))
+    image.paste((255, 0, 0), (64, 0, 128, 64))
+    image.paste((77, 77, 77), (128, 0, 192, 64))
+    (tmp_path / "masks").mkdir()
+    image.save(tmp_path / "masks" / "a.png")
+    source = masked(tmp_path / "data", crop=False)
+
+    found = source.mask(0, source.geometry(0))
+
+    cyan, red, grey = (int(found[20, int(found.shape[1] * at)]) for at in (0.16, 0.5, 0.84))
+    assert (cyan, red, grey) == (round(255 * 0.701), round(255 * 0.299), 77)
+
+
+# ---- shape
+
+
+def test_a_mask_of_another_shape_is_named_not_stretched(folder: Path, masks: Path) -> None:
+    Image.new("L", (64, 96)).save(masks / "a_cat.bmp")
+
+    with pytest.raises(DataError) as error:
+        masked(folder)
+
+    assert error.value.message == (
+        "dataset cats: 1 of 3 pictures cannot be used\n"
+        "  a_cat.png: its mask a_cat.bmp is 64x96, the picture 96x64"
+    )
+    assert len(masked(folder, allow_excluded=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("of_picture", "of_mask", "fits"),
+    [
+        ((1000, 667), (125, 83), True),
+        ((1000, 667), (125, 84), True),
+        ((1000, 667), (125, 82), False),
+        ((125, 83), (1000, 667), True),
+        ((125, 82), (1000, 667), False),
+        ((200, 200), (200, 201), True),
+        ((200, 200), (200, 203), False),
+    ],
+)
+def test_a_pixel_of_the_smaller_of_the_two_is_rounding(
+    tmp_path: Path, of_picture: tuple[int, int], of_mask: tuple[int, int], fits: bool
+) -> None:
+    for name, size in (("data", of_picture), ("masks", of_mask)):
+        (tmp_path / name).mkdir()
+        Image.new("L", size).save(tmp_path / name / "a.png")
+        Image.new("L", of_picture).save(tmp_path / name / "always there.png")
+
+    assert len(masked(tmp_path / "data", allow_excluded=True)) == 1 + fits
+
+
+# ---- what breaks off
+
+
+def test_a_mask_is_decoded_once_and_again_when_it_changes(folder: Path, masks: Path) -> None:
+    for path in masks.rglob("*.bmp"):
+        os.utime(path, (1, 1))
+    heard = Heard()
+
+    def decoded(**rest: Any) -> tuple[DataSource, list[int]]:
+        heard.events.clear()
+        bus = Bus([heard])
+        source = masked(folder, bus=bus, **rest).with_whole_masks()
+        bus.close()
+        told = [e for e in heard.events if isinstance(e, Stage) and e.stage == "masks m"]
+        return source, [event.total for event in told if event.state == "finished"]
+
+    assert decoded()[1] == [3]
+    assert decoded()[1] == []
+
+    broken = masks / "dog.bmp"
+    broken.write_bytes(broken.read_bytes()[:-1000])
+    os.utime(broken, (2, 2))
+    assert len(masked(folder)) == 3
+    source, counts = decoded(allow_excluded=True)
+    assert counts == [1]
+    (why,) = source.rejects.values()
+    assert why.startswith("its mask dog.bmp: cannot be decoded: ")
+    assert source.with_whole_masks() is source
+    assert masked(folder, allow_excluded=True).rejects == source.rejects
+
+
+def test_what_was_decoded_is_kept_when_the_rest_is_broken_off(folder: Path, masks: Path) -> None:
+    for path in masks.rglob("*.bmp"):
+        os.utime(path, (1, 1))
+    source = masked(folder)
+    Image.new("L", (64, 96)).save(masks / "dog.bmp")  # the last, for they go by their paths
+    os.utime(masks / "dog.bmp", (2, 2))
+    with pytest.raises(DataError, match=r"dog.bmp was changed after it was indexed"):
+        source.with_whole_masks()
+
+    heard = Heard()
+    bus = Bus([heard])
+    source = masked(folder, bus=bus)
+    assert source.with_whole_masks() is source
+    bus.close()
+    assert [e.total for e in heard.events if isinstance(e, Stage) and e.stage == "masks m"][:1] == [
+        1
+    ]
+
+
+def test_a_mask_that_could_not_be_read_is_looked_at_again(folder: Path, masks: Path) -> None:
+    for path in masks.rglob("*.bmp"):
+        os.utime(path, (1, 1))
+    source = masked(folder, allow_excluded=True)
+    (masks / "dog.bmp").rename(masks / "away")
+    rest = source.with_whole_masks()
+    assert rest.rejects["dog.png"].startswith("its mask dog.bmp: cannot be read: ")
+
+    (masks / "away").rename(masks / "dog.bmp")
+    whole = masked(folder)
+    assert len(whole) == 3
+    assert whole.with_whole_masks() is whole
 
 
 # ---- alpha

@@ -35,6 +35,17 @@ def test_the_same_ending_comes_first_and_two_others_are_none() -> None:
     assert found.alone.to_pylist() == []
 
 
+def test_a_file_of_exactly_one_pictures_path_is_no_other_pictures() -> None:
+    pictures = column("a.jpg", "a.png", "b.jpg", "b.png")
+    others = column("a.png", "b.bmp", "b.png")
+
+    found = pair(pictures, others)
+
+    assert found.rows.tolist() == [-1, 0, 1, 2]
+    assert not found.several.any()
+    assert found.alone.to_pylist() == []
+
+
 def test_nothing_pairs_with_nothing() -> None:
     assert pair(column("a.png"), column()).rows.tolist() == [-1]
     assert pair(column(), column("a.png")).alone.to_pylist() == ["a.png"]
