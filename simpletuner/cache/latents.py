@@ -24,6 +24,7 @@ from simpletuner.cache.stage import (
 from simpletuner.cache.store import TensorStore, naming
 from simpletuner.core.errors import CacheError
 from simpletuner.core.seeds import Seeds, key64
+from simpletuner.data.excluded import listed
 from simpletuner.data.pixels import PictureError
 
 if TYPE_CHECKING:
@@ -294,8 +295,9 @@ def _without(source: DataSource, faults: Mapping[str, str], bus: Bus) -> DataSou
     """`source` without the pictures of these contents, copies included; names each of them."""
     contents = [bytes(content).hex() for content in source.content]
     reasons = {source.path(row): faults[c] for row, c in enumerate(contents) if c in faults}
-    listed = "\n".join(f"  {path}: {reason}" for path, reason in reasons.items())
-    bus.notice(f"dataset {source.id}: left out, repair or remove them\n{listed}", "warning")
+    bus.notice(
+        f"dataset {source.id}: left out, repair or remove them\n{listed(reasons)}", "warning"
+    )
     return source.without(reasons)
 
 

@@ -40,6 +40,7 @@ from simpletuner.data.settings import (
     inherit_filters,
     inherit_text_embeds,
 )
+from simpletuner.data.table_settings import reads_table
 
 PICTURES = settings_of(DatasetSettings)
 TEXT_EMBEDS = settings_of(TextEmbedsSettings)
@@ -266,6 +267,7 @@ def _add_pictures(
         else:
             found.problem(f"(entry {entry.number}) {message}", entry.line, key)
     _note_missing_folder(dataset, found, around)
+    _note_other_captions(built, dataset, found, around)
     found.pictures.append(Read(dataset, given))
     found.training += sizes
     if (mask := mask_of(built, found.conditioning)) is not None:
@@ -300,6 +302,21 @@ def _note_missing_folder(
         found.notes.append(f"dataset {dataset.id}: {shown(table, around.cwd)} does not exist yet")
 
 
+def _note_other_captions(
+    built: DatasetSettings, dataset: DatasetSettings, found: DatasetsFile, around: Surroundings
+) -> None:
+    """Say where a table's captions come before the strategy that the settings ask for."""
+    asked = around.data.caption_strategy
+    own = "caption_strategy" in built.model_fields_set
+    if "caption_strategy" not in around.given or own or reads_table(asked):
+        return
+    if dataset.caption_strategy != asked and dataset.table_path is not None:
+        found.notes.append(
+            f"dataset {dataset.id}: captions come from {shown(dataset.table_path, around.cwd)}, not"
+            f" by the settings' caption_strategy {asked}; give the entry its own to change that"
+        )
+
+
 def _check_ids(entries: Iterable[Entry], found: DatasetsFile) -> None:
     """Every id stands once."""
     seen: dict[str, Given] = {}
@@ -332,10 +349,12 @@ def _check_sizes(entries: Iterable[Entry], found: DatasetsFile) -> None:
 def _check_learning(found: DatasetsFile, around: Surroundings) -> None:
     """Every conditioning set belongs to pictures, and some pictures teach something."""
     found.problems += unfit(found.pictures, found.conditioning)
-    only_kept = all(each.is_regularisation_data for each in found.training)
-    if found.training and only_kept and "init_lora" not in around.given:
+    drawn = [each for each in found.training if each.probability > 0]
+    only_kept = all(each.is_regularisation_data for each in drawn)
+    if drawn and only_kept and "init_lora" not in around.given:
         found.problem(
-            "holds in every dataset of pictures, so nothing would be learned; leave it out of one",
+            "holds in every dataset of pictures with a probability above 0, so nothing would be"
+            " learned; leave it out of one",
             key="is_regularisation_data",
         )
 

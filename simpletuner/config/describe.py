@@ -119,7 +119,7 @@ def limits(field: FieldInfo) -> dict[str, float]:
 
 def limits_in_words(found: Mapping[str, float]) -> str:
     """``at least 1, less than 2``."""
-    return ", ".join(_LIMITS[name].format(f"{value:g}") for name, value in found.items())
+    return ", ".join(_LIMITS[name].format(f"{value:.12g}") for name, value in found.items())
 
 
 def table_rows(row: Described) -> Iterator[tuple[str, str]]:

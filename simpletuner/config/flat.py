@@ -192,7 +192,10 @@ def problems_inside(
             near = did_you_mean(name, known) or f"; it has {', '.join(known)}"
             yield given.problem(f"{title or given.key} has no such option{near}", inside=(name,))
     usable = {name: value for name, value in values.items() if name in known}
-    yield from build_section(section, usable, {name: given.part(name) for name in usable})[1]
+    parts = {name: given.part(name) for name in usable}
+    for problem in build_section(section, usable, parts)[1]:
+        is_missing = problem.key in known
+        yield given.problem(problem.message, inside=(problem.key,)) if is_missing else problem
 
 
 def _built(

@@ -14,17 +14,17 @@ _NOTHING = (None, "", 0, "0")
 class ScheduleSettings(Section):
     """Steps, epochs, batches and checkpoints."""
 
-    train_batch_size: int = setting(1, ge=1, unit="pictures")
+    train_batch_size: int = setting(1, ge=1, le=1_000_000, unit="pictures")
     """Pictures that go through the model at once; larger is steadier and takes more memory."""
 
-    gradient_accumulation_steps: int = setting(1, ge=1, unit="batches")
+    gradient_accumulation_steps: int = setting(1, ge=1, le=1_000_000, unit="batches")
     """Batches whose gradients are averaged into one optimizer step; larger is steadier and
     slower."""
 
-    max_train_steps: int | None = setting(None, ge=0, unit="optimizer steps")
+    max_train_steps: int | None = setting(None, ge=0, le=1_000_000_000, unit="optimizer steps")
     """When to stop; given alone it turns num_train_epochs off, 0 leaves the end to it."""
 
-    num_train_epochs: int = setting(1, ge=0, unit="epochs")
+    num_train_epochs: int = setting(1, ge=0, le=1_000_000_000, unit="epochs")
     """How often every picture is seen (times its repeats); 0 leaves the end to max_train_steps."""
 
     checkpoint_step_interval: int = setting(500, ge=0, unit="optimizer steps")

@@ -8,6 +8,9 @@ from simpletuner.core.section import Section, setting
 from simpletuner.data.phases import Span
 from simpletuner.data.sampling import SAMPLINGS
 
+MOST = 1_000_000_000
+"""No run has an epoch or a step, and no dataset a picture, of a higher number."""
+
 
 class DrawSettings(Section):
     """What is said of all datasets together."""
@@ -19,33 +22,34 @@ class DrawSettings(Section):
 class DatasetDrawSettings(Section):
     """What is said of drawing from one dataset."""
 
-    repeats: int = setting(0, ge=0)
+    repeats: int = setting(0, ge=0, le=1_000_000)
     """How often each picture is seen again within an epoch; 0 is once."""
 
-    probability: float = setting(1.0, ge=0)
+    probability: float = setting(1.0, ge=0, le=MOST)
     """How often this dataset is drawn from, beside the others, in the way of
-    data_backend_sampling; larger is more often, 0 is never."""
+    data_backend_sampling; larger is more often, 0 is never. However small, under mix it is at
+    least one batch of 1,048,576."""
 
-    max_num_samples: int | None = setting(None, ge=1, unit="pictures")
+    max_num_samples: int | None = setting(None, ge=1, le=MOST, unit="pictures")
     """Train on this many pictures only: those that a hash of their contents chooses, so that
     renaming files changes nothing and a new file takes the place of one at most."""
 
-    train_batch_size: int | None = setting(None, ge=1, unit="pictures")
+    train_batch_size: int | None = setting(None, ge=1, le=1_000_000, unit="pictures")
     """This dataset's own batch size, without it the run's; every picture weighs the same,
     whatever the size of its batch."""
 
-    start_epoch: int = setting(1, ge=1, unit="epochs")
+    start_epoch: int = setting(1, ge=1, le=MOST, unit="epochs")
     """The epoch in which this dataset is first seen; with start_step, both have to be reached. At
     least one dataset has to be drawn from at every step of a run."""
 
-    end_epoch: int | None = setting(None, ge=-1, unit="epochs")
+    end_epoch: int | None = setting(None, ge=-1, le=MOST, unit="epochs")
     """The epoch in which this dataset is last seen; 0 or -1 for no end."""
 
-    start_step: int = setting(0, ge=0, unit="optimizer steps")
+    start_step: int = setting(0, ge=0, le=MOST, unit="optimizer steps")
     """The step in which this dataset is first seen, 0 and 1 being the run's first; inside an epoch,
     that epoch begins anew with it and keeps its number."""
 
-    end_step: int | None = setting(None, ge=-1, unit="optimizer steps")
+    end_step: int | None = setting(None, ge=-1, le=MOST, unit="optimizer steps")
     """The step in which this dataset is last seen, 0 or -1 for no end; inside an epoch, that epoch
     begins anew without it and keeps its number."""
 

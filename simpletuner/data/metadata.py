@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from simpletuner.core.errors import DataError, did_you_mean
 from simpletuner.core.events import Bus
 from simpletuner.data.captions import SEPARATOR
+from simpletuner.data.excluded import without_secrets
 from simpletuner.data.metadata_files import TableFile, read_columns
 from simpletuner.data.storage.base import is_text
 from simpletuner.data.storage.web import SCHEMES
@@ -159,7 +160,7 @@ class MetadataTable:
         turned = (said == found[:, ::-1]).all(axis=1)
         others = np.flatnonzero(known & ~turned & (said != found).any(axis=1)).tolist()
         if others:
-            path = index["path"][others[0]].as_py()
+            path = without_secrets(index["path"][others[0]].as_py())
             sizes = (f"{w:g}x{h:g}" for w, h in (said[others[0]], found[others[0]]))
             bus.notice(
                 f"{self.rule.path}: {len(others)} files are not of the size it says, such as {path}"
@@ -189,6 +190,10 @@ def _is_url(names: pa.Array) -> pa.Array:
     return pc.or_(http, https)
 
 
+def _has_login(names: pa.Array) -> pa.Array:
+    return pc.match_substring_regex(names, "^https?://[^/?#]*@")
+
+
 def _lacks(rule: TableRule, file: TableFile, name: str, key: str) -> DataError:
     near = did_you_mean(name, file.names)
     return DataError(
@@ -210,6 +215,14 @@ def _rows(
         raise DataError(
             f"the table {rule.path}: a row of {', '.join(present)} names several files",
             fix=f"choose a column with one file in each row as {rule.files_key}",
+        )
+    named = pc.index(_has_login(names), True).as_py()
+    if named >= 0:
+        raise DataError(
+            f"the table {rule.path}: the address in row {named + 1} begins with a name or password,"
+            " NAME:PASSWORD@, which downloads do not send",
+            fix="remove it, or download the files and name them instead; passwords do not belong"
+            " in tables",
         )
     for name in present[1:]:
         unused = pc.sum(pc.and_(pc.is_valid(texts[name]), pc.not_equal(names, texts[name]))).as_py()
@@ -249,9 +262,10 @@ def _sorted(
     captions = table["caption"].combine_chunks()
     if not first.all():
         again = np.flatnonzero(~first)
+        example = without_secrets(names[int(again[0])].as_py())
         bus.notice(
             f"{rule.path}: {len(np.unique(np.cumsum(first)[again]))} files stand in several rows,"
-            f" such as {names[int(again[0])]}: each is one picture, with the captions of all",
+            f" such as {example}: each is one picture, with the captions of all",
             "warning",
         )
         new = first.copy()  # what a file has in two rows counts once

@@ -15,8 +15,9 @@ from simpletuner.core.seeds import Seeds
 from simpletuner.data.phases import Phase
 from simpletuner.data.units import EPOCHS_KEPT, I32, Units, fractions
 
-BLOCK = 1024
-"""Units within which a dataset has exactly its share under mix."""
+LEAST_BLOCK, MOST_BLOCK = 1 << 10, 1 << 20
+"""Units within which a dataset has its share under mix: so few where each has at least one of
+them, else twice as many until each has, or so many."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ class Epochs:
 
 
 class Quotas:
-    """Each dataset has its share of every 1,024 units all the time, and epochs of its own.
+    """Each dataset has its share of every block all the time, and epochs of its own.
+
+    A block is so long that every share of it is a unit or more, as far as MOST_BLOCK allows.
 
     A dataset that is drawn from again goes on where it left off.
 
@@ -129,7 +132,7 @@ class Quotas:
         return [self._turn(phase, place) for place in range(first, first + self._accumulation)]
 
     def _turn(self, phase: Phase, place: int) -> Turn:
-        block, inside = divmod(place, BLOCK)
+        block, inside = divmod(place, self._length(phase.active))
         which, number = self._block(phase.active, block)[inside].tolist()
         dataset = phase.active[which]
         units = self._datasets[dataset]
@@ -139,12 +142,12 @@ class Quotas:
 
     def _within(self, active: tuple[int, ...], which: int, length: int) -> int:
         """How many of the first `length` units of a phase are of one dataset."""
-        blocks, rest = divmod(length, BLOCK)
+        blocks, rest = divmod(length, self._length(active))
         part = self._block(active, blocks)[:rest, 0]
         return blocks * self._shares(active)[which] + int((part == which).sum())
 
     def _interleave(self, active: tuple[int, ...], block: int) -> I32:
-        """[BLOCK, 2] place in `active` of each unit, and its number among those of its dataset."""
+        """[length, 2] place in `active` of each unit, and its number among those of its dataset."""
         times, turns = [], []
         for which, share in enumerate(self._shares(active)):
             numbers = np.arange(share)
@@ -154,14 +157,21 @@ class Quotas:
         order = np.argsort(np.concatenate(times), kind="stable")
         return np.concatenate(turns)[order].astype(np.int32)
 
+    def _length(self, active: tuple[int, ...]) -> int:
+        return sum(self._shares(active))
+
     def _share_out(self, active: tuple[int, ...]) -> list[int]:
         """Units of each dataset in a block, by largest remainder, at least one."""
         chances = np.array([self._datasets[place].probability for place in active])
-        exact = chances / chances.sum() * BLOCK
+        chances /= chances.sum()
+        length = LEAST_BLOCK
+        while chances.min() * length < 1 and length < MOST_BLOCK:
+            length *= 2
+        # One for each, and what their chances are worth beyond that.
+        beyond = np.maximum(chances * length - 1, 0)
+        exact = 1 + beyond * ((length - len(active)) / max(beyond.sum(), 1))
         shares = np.floor(exact).astype(int)
-        rest = np.argsort(shares - exact, kind="stable")[: BLOCK - shares.sum()]
+        rest = np.argsort(shares - exact, kind="stable")[: length - shares.sum()]
         shares[rest] += 1
-        shares = np.maximum(shares, 1)
-        shares[shares.argmax()] += BLOCK - shares.sum()
         found: list[int] = shares.tolist()
         return found

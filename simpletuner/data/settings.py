@@ -168,7 +168,7 @@ class DatasetSettings(
     @model_validator(mode="after")
     def _has_pictures(self) -> DatasetSettings:
         at_hand = self.type == "local" and self.role in ("image", "conditioning")
-        if self.repeats and self.dataset_repeat is not None:
+        if "repeats" in self.model_fields_set and self.dataset_repeat is not None:
             raise ValueError("repeats and dataset_repeat say the same; keep one of the two")
         listed = self.role == "image" and self.dataset_metadata_path is not None
         if at_hand and self.instance_data_dir is None and not listed:

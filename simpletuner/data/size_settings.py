@@ -141,7 +141,9 @@ def _is_shape(item: float | dict[str, float]) -> bool:
     return {"aspect"} <= item.keys() <= {"aspect", "weight"} and min(item.values()) > 0
 
 
-_MOST_MEGAPIXELS, _FEWEST_PX, _FEWEST_PIXELS = 32, 8, 64 * 64
+_FEWEST_PX, _MOST_PX = 8, 16384
+_FEWEST_PIXELS, _MOST_PIXELS = 64 * 64, _MOST_PX**2
+_MOST_MEGAPIXELS = 32
 
 
 def _wrong_unit(value: float | None, unit: str) -> str | None:
@@ -153,6 +155,13 @@ def _wrong_unit(value: float | None, unit: str) -> str | None:
         return (
             f"counts all pixels of a picture under resolution_type max_pixels, got {value:g};"
             " a square of 1024 px has 1048576"
+        )
+    if unit == "max_pixels" and value > _MOST_PIXELS:
+        return f"is at most {_MOST_PIXELS}, the pixels of {_MOST_PX} x {_MOST_PX}, got {value:.12g}"
+    if unit in ("pixel", "pixel_area") and value > _MOST_PX:
+        return (
+            f"counts px of an edge under resolution_type {unit}, at most {_MOST_PX},"
+            f" got {value:.12g}; max_pixels counts pixels"
         )
     if unit != "area" and value < _FEWEST_PX:
         return f"counts px under resolution_type {unit}, got {value:g}; area counts megapixels"

@@ -70,8 +70,9 @@ class DatasetTableSettings(Section):
     dataset_metadata_path: Path | None = setting(None, path=True)
     """A table with a row for each picture: .csv, .json (a list of objects), .jsonl or .parquet. Its
     files are paths in instance_data_dir, without that in the table's own folder, or http(s)
-    addresses, each of which is fetched once and kept. Captions come from it too, unless
-    caption_strategy says otherwise."""
+    addresses, each of which is fetched once and kept. Captions come from it too, unless the
+    entry's own caption_strategy says otherwise; the settings file's is for datasets without such a
+    table."""
 
     data_file_keys: tuple[str, ...] = setting(("image",), min_length=1)
     """The columns of dataset_metadata_path that name files; of several, the first that a row fills
@@ -81,7 +82,7 @@ class DatasetTableSettings(Section):
     """The column of dataset_metadata_path with captions; of several, a picture has the captions of
     all. A cell may be a list of captions, of which each visit draws one."""
 
-    dataset_repeat: int | None = setting(None, ge=1)
+    dataset_repeat: int | None = setting(None, ge=1, le=1_000_000)
     """How often each picture is seen within an epoch, 1 being once: repeats, counted from one."""
 
     parquet: ParquetSettings | None = setting(None)
@@ -99,8 +100,8 @@ class DatasetTableSettings(Section):
     """Its column of captions."""
 
     csv_cache_dir: Path | None = setting(None, path=True)
-    """The folder that downloads are kept in; without it, one beside the caches, for all datasets
-    and runs."""
+    """The folder that downloads are kept in, which datasets and runs may share; without it, one
+    in the caches of the run."""
 
     @property
     def table_path(self) -> Path | None:

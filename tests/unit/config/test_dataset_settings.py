@@ -55,6 +55,15 @@ def test_either_place_turns_caching_off() -> None:
             "resolution",
             "a square of 1024 px has 1048576",
         ),
+        ({"resolution": 1048576}, "resolution", "at most 16384, got 1048576; max_pixels counts"),
+        ({"resolution": 16385, "resolution_type": "pixel"}, "resolution", "at most 16384"),
+        ({"resolution": 1e300, "resolution_type": "area"}, "resolution", "counts megapixels"),
+        (
+            {"resolution": 1e300, "resolution_type": "max_pixels"},
+            "resolution",
+            "at most 268435456, the pixels of 16384 x 16384, got 1e+300",
+        ),
+        ({"minimum_image_size": 1e300}, "minimum_image_size", "at most 16384"),
         ({"crop": True, "crop_aspect": "closest"}, "crop_aspect", "needs crop_aspect_buckets"),
         ({"crop": True, "crop_aspect": "random"}, "crop_aspect", "needs crop_aspect_buckets"),
         (
@@ -131,6 +140,8 @@ def test_repeats_are_counted_in_one_way_only() -> None:
     assert resolved(dataset_repeat=50).repeats == 49
     with pytest.raises(ValidationError, match="repeats and dataset_repeat say the same"):
         picture_set(repeats=3, dataset_repeat=4)
+    with pytest.raises(ValidationError, match="repeats and dataset_repeat say the same"):
+        picture_set(repeats=0, dataset_repeat=2)
 
 
 def test_a_dataset_of_pictures_needs_a_folder() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from simpletuner.data.size_settings import shapes_of
 from tests.unit.config.workplace import PICTURES, Workplace
 
@@ -296,3 +298,55 @@ def test_masks_take_no_table(place: Workplace) -> None:
     place.datasets("", PICTURES, {**masks, "id": "m", "dataset_metadata_path": "t.csv"})
 
     assert "a table is for pictures that are trained on" in place.messages()[0]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "repeats",
+        "dataset_repeat",
+        "probability",
+        "max_num_samples",
+        "train_batch_size",
+        "start_epoch",
+        "end_epoch",
+        "start_step",
+        "end_step",
+    ],
+)
+def test_numbers_that_nothing_can_count_to_are_refused(place: Workplace, key: str) -> None:
+    table = {"dataset_metadata_path": "t.csv"} if key == "dataset_repeat" else {}
+    place.datasets("", {**PICTURES, **table, key: 10**20})
+    [message] = place.messages()
+    assert message.startswith(f"{key}: must be at most 1000000")
+    assert message.endswith(f"got {10**20}")
+
+
+def test_captions_of_a_table_come_before_the_settings_strategy_and_that_is_told(
+    place: Workplace,
+) -> None:
+    tabled = {**PICTURES, "dataset_metadata_path": "t.csv"}
+    told = "not by the settings' caption_strategy textfile; give the entry its own to change that"
+
+    def notes(strategy: str | None, entry: dict[str, object]) -> str:
+        place.config(**({} if strategy is None else {"caption_strategy": strategy}))
+        place.datasets("", entry)
+        return "\n".join(place.load().notes)
+
+    place.write("t.csv", "image,prompt\n")
+    assert f"dataset pictures: captions come from t.csv, {told}" in notes("textfile", tabled)
+    assert place.load().datasets.training[0].caption_strategy == "csv"
+    for quiet in (
+        notes(None, tabled),
+        notes("csv", tabled),
+        notes("parquet", tabled),
+        notes("textfile", PICTURES),
+        notes("textfile", {**tabled, "caption_strategy": "csv"}),
+    ):
+        assert "captions come from" not in quiet
+
+
+def test_a_key_that_a_section_inside_lacks_is_named_with_the_section(place: Workplace) -> None:
+    place.datasets('[{"id": "a", "instance_data_dir": "pictures",\n"parquet": {}}]')
+    [problem] = place.problems()
+    assert (problem.key, problem.message, problem.line) == ("parquet.path", "is required", 2)

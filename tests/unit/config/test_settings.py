@@ -31,6 +31,7 @@ from simpletuner.precision.settings import PrecisionSettings
 from simpletuner.runtime.settings import RuntimeSettings
 from simpletuner.tracking.settings import TrackingSettings
 from simpletuner.validation.settings import ValidationSettings
+from tests.unit.config.workplace import Workplace
 
 SECTIONS: dict[str, type[Section]] = {
     name: field.annotation  # type: ignore[misc]
@@ -468,3 +469,13 @@ def test_declaring_settings_loads_no_torch() -> None:
         "sys.exit(bool({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs"],
+)
+def test_a_schedule_that_nothing_can_count_to_is_refused(place: Workplace, key: str) -> None:
+    place.config(**{key: 10**20})
+    [message] = place.messages()
+    assert message.startswith(f"{key}: must be at most 1000000")

@@ -14,6 +14,7 @@ import pytest
 from simpletuner.core.errors import DataError
 from simpletuner.core.events import Bus, Notice
 from simpletuner.data.captions import SEPARATOR
+from simpletuner.data.excluded import Excluded, listed
 from simpletuner.data.metadata import MetadataTable, TableRule
 from tests.unit.data.making import Heard
 
@@ -185,7 +186,9 @@ def test_categories_and_numbers_are_texts(tmp_path: Path) -> None:
         ("t.json", b'[{"image": "a", "prompt": "x"}', "cannot be read: Expecting"),
         ("t.json", b'[{"image": ["a", "b"], "prompt": "x"}]', "names several files"),
         ("t.jsonl", b'{"image": "a"}\n{"image": "a"\n', "line 2: Expecting"),
-        ("t.parquet", b"PAR1", "cannot be read: "),
+        ("t.parquet", b"PAR1", "\n  write or copy it anew; it is damaged, or no Parquet"),
+        ("t.json", b"[", "\n  mend it; it is a list of objects"),
+        ("t.jsonl", b'{"image"', "\n  mend it; it has an object, {…}, on each line"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_an_error_that_says_why(
@@ -196,6 +199,91 @@ def test_a_table_that_cannot_be_used_is_an_error_that_says_why(
     with pytest.raises(DataError) as caught:
         read(tmp_path / name)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
+def test_a_folder_is_no_table(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"t.{ending}").mkdir()
+    with pytest.raises(DataError, match="is a folder\n  name the file in it"):
+        read(tmp_path / f"t.{ending}")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["image,prompt", "0.png,x", 'a 1.png,"open', "b 2.png,b", 'c.png,d" x', "e.png,e"],
+        ["image,prompt", "0.png,x", 'a.png,"open', "b.png,b"],
+        ["image,prompt", "0.png,x", 'a.png,"open', 'b.JPG,12"'],
+        ["prompt,image", "x,0.png", '"open,a.png', "b,b.png", 'c" x,c.png'],
+        ["image,prompt,note", "0.png,x,y", 'a.png,x,"open', 'b.png,b,"c"'],
+        ["image,prompt", "http://h/0,x", 'http://h/1,"open', "http://h/2,b", 'http://h/3,c"'],
+    ],
+)
+def test_a_quote_that_swallows_rows_is_an_error_that_names_the_row(
+    tmp_path: Path, lines: list[str]
+) -> None:
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"row 2 has another row inside its .*\n  close the"):
+        read(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a dog\nsitting, asleep", "1girl,solo\nsmile,hat", "a,\nhttp://h/a, by b", "as in\ndog.png"],
+)
+def test_a_caption_of_several_lines_is_no_swallowed_row(tmp_path: Path, text: str) -> None:
+    rows = [{"image": "a.png", "prompt": text}, {"image": "b.png", "prompt": "x"}]
+    table, said = read(write(tmp_path, "csv", rows))
+    assert captions(table) == {"a.png": [text], "b.png": ["x"]}
+    assert said == ""
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet"])
+def test_a_size_is_read_from_text_and_left_unknown_where_it_is_none(
+    tmp_path: Path, ending: str
+) -> None:
+    widths = ["512", " 30.5 ", "wide", None]
+    rows = [{"image": f"{n}", "prompt": "x", "width": each} for n, each in enumerate(widths)]
+    table, _ = read(write(tmp_path, ending, rows))
+    assert str(table.sizes[:, 0].tolist()) == "[512.0, 30.5, nan, nan]"
+    path = write(tmp_path, "json", [{"image": "a", "prompt": "x", "width": [True]}])
+    assert str(read(path)[0].sizes[0].tolist()) == "[nan, nan]"
+
+
+SIGNED = "https://h/a.png?sig=SECRET&b=1"
+
+
+def test_what_is_said_of_a_table_has_no_passwords_and_no_signed_queries(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    wrong = {
+        f"{SIGNED},b,c": "Expected 2 columns, got 3: https://h/a.png?…",
+        f'x,"open\n{SIGNED},b': "row 1 has another row inside its prompt: https://h/a.png?…",
+        "https://me:SECRET@h/a.png,b": "the address in row 1 begins with a name or password",
+        "https://me:SECRET@h/a.png,b,c": "Expected 2 columns, got 3: https://h/a.png,b,c",
+    }
+    for line, says in wrong.items():
+        path.write_text(f"image,prompt\n{line}\n")
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert says in str(caught.value)
+        assert "SECRET" not in str(caught.value)
+
+    nested = tmp_path / "t.json"
+    nested.write_text(json.dumps([{"image": {"url": f"https://me:{'SECRET' * 20}@h/a.png"}}]))
+    with pytest.raises(DataError) as caught:
+        read(nested)
+    assert "row 1: image cannot be {" in str(caught.value)
+    assert "SECRET" not in str(caught.value)
+
+    path.write_text(f"image,prompt,width,height\n{SIGNED},a,1,1\n{SIGNED},b,1,1\n")
+    table, said = read(path)
+    heard = Heard()
+    bus = Bus([heard])
+    table.tell_other_sizes(pa.table({"path": [SIGNED], "width": [2], "height": [2]}), bus)
+    bus.close()
+    said += "".join(event.text for event in heard.events if isinstance(event, Notice))
+    assert said.count("such as https://h/a.png?…") == 2
+    assert "SECRET" not in said
 
 
 def test_a_parquet_table_with_the_pictures_inside_is_refused(tmp_path: Path) -> None:
@@ -253,3 +341,10 @@ def test_a_million_rows_are_read_and_matched_in_seconds(tmp_path: Path, ending: 
     assert time.process_time() - start < 20  # of both cores
     assert len(members.names) == len(told) == count
     assert told.null_count == 0
+
+
+def test_what_is_said_of_pictures_has_no_signed_queries() -> None:
+    address = "https://host/a.png?X-Amz-Signature=abc"
+    assert Excluded("the server said 403", 1, address).example == "https://host/a.png?…"
+    assert listed({address: "the server said 403"}) == "  https://host/a.png?…: the server said 403"
+    assert listed({"a/b.png": "empty"}) == "  a/b.png: empty"

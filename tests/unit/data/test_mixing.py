@@ -100,10 +100,27 @@ def test_an_epoch_under_mix_is_as_long_as_one_that_sees_everything() -> None:
     assert mixed.epoch(mixed.steps(2)) == 2
 
 
-def test_under_mix_a_rare_dataset_comes_at_least_once_in_1024_batches() -> None:
-    rare = dataset("rare", 5, probability=1e-9)
+def test_under_mix_a_block_is_so_long_that_a_rare_dataset_has_its_share_of_it() -> None:
+    rare = dataset("rare", 5, probability=1 / 4095)
     plan = plan_of(dataset("common", 50), rare, batch=1, sampling="mix")
-    assert shares(plan, 0, 1024) == [1023, 1]
+    for block in range(3):
+        assert shares(plan, block * 4096, (block + 1) * 4096) == [4095, 1]
+
+
+def test_under_mix_many_datasets_that_hardly_ever_come_take_nothing_from_the_others() -> None:
+    many = [dataset(f"rare {number}", 3, probability=1e-9) for number in range(600)]
+    plan = plan_of(dataset("common", 50), *many, batch=1, sampling="mix")
+    drawn = [batch.source for step in range(4096) for batch in plan.window(step)]
+    # 600 of 1,048,576, the least that is drawn from any dataset
+    assert drawn.count(0) >= 4096 - 8
+    assert {batch.source for batch in plan.window(0)} == {0}
+
+
+def test_mix_has_room_for_more_datasets_than_its_shortest_block_has_units() -> None:
+    plan = plan_of(*(dataset(f"{number}", 3) for number in range(1500)), batch=1, sampling="mix")
+    drawn = Counter(batch.source for step in range(2048) for batch in plan.window(step))
+    assert len(drawn) == 1500
+    assert set(drawn.values()) == {1, 2}
 
 
 def test_batches_of_a_dataset_have_its_own_size_and_every_picture_weighs_the_same() -> None:
