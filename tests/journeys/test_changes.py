@@ -102,6 +102,7 @@ def other_text_encoder(run: Run) -> None:
         (lambda run: run.dataset.update(crop=True, crop_style="center"), 0, 6),  # two are squares
         (lambda run: run.dataset.update(caption_filter_list=["red "]), 3, 0),
         (lambda run: run.dataset.update(caption_suffix="in the rain"), 8, 0),
+        (lambda run: run.dataset.update(trigger_word="zwx", prepend_trigger_word=True), 8, 0),
         (lambda run: run.dataset.update(repeats=3, probability=0.5), 0, 0),
         (lambda run: run.dataset.update(caption_dropout_probability=0.5), 0, 0),
         (lambda run: run.settings.update(train_batch_size=1, lora_rank=8), 0, 0),
@@ -119,6 +120,7 @@ def other_text_encoder(run: Run) -> None:
         "crop",
         "filter",
         "suffix",
+        "trigger",
         "repeats",
         "dropout",
         "batch",

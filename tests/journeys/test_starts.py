@@ -60,6 +60,30 @@ def test_a_named_checkpoint_is_resumed_bit_for_bit_and_later_ones_are_moved_asid
     assert "checkpoint-4 of an earlier run moved to previous-1/" in run.notices()
 
 
+@pytest.mark.parametrize("sampling", ["auto-weighting", "mix"])
+def test_phases_shares_and_own_batch_sizes_are_resumed_bit_for_bit(
+    bench: Bench, tmp_path: Path, sampling: str
+) -> None:
+    settings = {
+        "gradient_accumulation_steps": 2,
+        "data_backend_sampling": sampling,
+        "lr_scheduler": "constant",
+    }
+    whole, cut = (bench.fresh(tmp_path / name) for name in ("whole", "cut"))
+    for run in (whole, cut):
+        late = {"id": "late", "start_step": 4, "train_batch_size": 3, "repeats": 1}
+        run.more = [run.dataset | late, run.dataset | {"id": "early", "end_step": 6}]
+
+    assert whole.train(**settings, max_train_steps=9) == 0
+    for steps in (5, 9):  # in the phase of all three, then to the end
+        assert cut.train(**settings, max_train_steps=steps) == 0
+
+    assert cut.losses() == whole.losses()
+    assert (cut.out / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
+    told = [event["samples"] for event in whole.events("step")]
+    assert max(told) > 4  # a window with a batch of three
+
+
 def test_a_checkpoint_of_another_folder_is_resumed_and_stays_as_it_is(
     bench: Bench, tmp_path: Path
 ) -> None:
