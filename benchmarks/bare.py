@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,6 +126,22 @@ def make_photos(folder: Path, count: int, size: tuple[int, int]) -> Path:
         pixels = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
         pixels.save(folder / f"photo_{number}.jpg", quality=90)
     return folder
+
+
+def write_run(root: Path, model: Path, entry: dict[str, Any], **settings: Any) -> Path:
+    """The two settings files of a run in fp32 without pictures; returns config.json."""
+    (root / "multidatabackend.json").write_text(json.dumps([entry]))
+    always = {
+        "model_family": "sdxl",
+        "pretrained_model_name_or_path": str(model),
+        "output_dir": str(root / "out"),
+        "mixed_precision": "no",
+        "gradient_checkpointing": False,
+        "validation_disable": True,
+    }
+    config = root / "config.json"
+    config.write_text(json.dumps(always | settings))
+    return config
 
 
 def pixels_of(paths: list[Path], edge: int) -> Iterator[torch.Tensor]:

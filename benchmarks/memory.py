@@ -10,14 +10,13 @@ in the allocator.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
-from bare import BareStep, big_unet, encode, make_photos
+from bare import BareStep, big_unet, encode, make_photos, write_run
 
 from tests.tiny.build import build_sdxl
 
@@ -52,19 +51,9 @@ def _bare(model: Path, photos: Path) -> None:
 def _ours(root: Path, model: Path, photos: Path) -> list[str]:
     root.mkdir()
     entry = {"id": "p", "instance_data_dir": str(photos), "crop": True, "resolution": EDGE}
-    (root / "multidatabackend.json").write_text(json.dumps([entry]))
-    settings = {
-        "model_family": "sdxl",
-        "pretrained_model_name_or_path": str(model),
-        "output_dir": str(root / "out"),
-        "mixed_precision": "no",
-        "gradient_checkpointing": False,
-        "train_batch_size": BATCH,
-        "max_train_steps": STEPS,
-        "validation_disable": True,
-    }
-    (root / "config.json").write_text(json.dumps(settings))
-    return [sys.executable, "-m", "simpletuner", "train", f"--config={root}/config.json"]
+    more = {"train_batch_size": BATCH, "max_train_steps": STEPS}
+    config = write_run(root, model, entry, **more)
+    return [sys.executable, "-m", "simpletuner", "train", f"--config={config}"]
 
 
 def _peak(command: list[str]) -> float:

@@ -9,14 +9,13 @@ which nothing changed: it lists, finds everything encoded, and opens no encoder.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from bare import make_photos
+from bare import make_photos, write_run
 from PIL import Image
 
 from simpletuner.apps.cli import main as simpletuner
@@ -60,17 +59,8 @@ def _second_start(root: Path, count: int) -> None:
         "instance_prompt": "a picture",
         "vae_batch_size": 16,
     }
-    (root / "multidatabackend.json").write_text(json.dumps([entry]))
-    settings = {
-        "model_family": "sdxl",
-        "pretrained_model_name_or_path": str(model),
-        "output_dir": str(root / "out"),
-        "mixed_precision": "no",
-        "max_train_steps": 1,
-        "validation_disable": True,
-    }
-    (root / "config.json").write_text(json.dumps(settings))
-    command = ["cache", "build", "--config", str(root / "config.json")]
+    config = write_run(root, model, entry, max_train_steps=1)
+    command = ["cache", "build", "--config", str(config)]
     began = time.perf_counter()
     assert simpletuner(command) == 0
     first = time.perf_counter()

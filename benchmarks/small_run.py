@@ -10,7 +10,6 @@ checkpoint, verification. Medians are compared.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from bare import BareStep, encode, make_photos
+from bare import BareStep, encode, make_photos, write_run
 
 from tests.tiny.build import build_sdxl
 
@@ -66,19 +65,9 @@ def _round(root: Path, model: Path, photos: Path) -> dict[str, float]:
 def _ours(root: Path, model: Path, photos: Path) -> list[str]:
     entry = {"id": "p", "type": "local", "instance_data_dir": str(photos), "crop": True}
     entry |= {"crop_style": "center", "resolution": EDGE}
-    (root / "multidatabackend.json").write_text(json.dumps([entry]))
-    settings = {
-        "model_family": "sdxl",
-        "pretrained_model_name_or_path": str(model),
-        "output_dir": str(root / "out"),
-        "mixed_precision": "no",
-        "gradient_checkpointing": False,
-        "train_batch_size": BATCH,
-        "max_train_steps": STEPS,
-        "validation_disable": True,
-    }
-    (root / "config.json").write_text(json.dumps(settings))
-    return [sys.executable, "-m", "simpletuner", "train", f"--config={root}/config.json"]
+    more = {"train_batch_size": BATCH, "max_train_steps": STEPS}
+    config = write_run(root, model, entry, **more)
+    return [sys.executable, "-m", "simpletuner", "train", f"--config={config}"]
 
 
 def _run(command: list[str]) -> None:

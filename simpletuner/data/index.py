@@ -324,6 +324,30 @@ def _unchanged(
     return same & (_numbers(old["mtime_ns"])[at] == now.mtime_ns), at
 
 
+def marked(
+    table: pa.Table, there: pa.Array | pa.ChunkedArray, status: Any, why: pa.Array | pa.ChunkedArray
+) -> pa.Table:
+    """`table` with what looking into some pictures has found.
+
+    What cannot be read may be readable later, without a change of the file: it is looked at again.
+
+    Args:
+        table: Of an index, n rows.
+        there: [n] which of them were looked into.
+        status: Their status, one for all or [n].
+        why: [n] the reason of those that cannot be used, else null.
+    """
+    unsure = pc.and_(there, pc.fill_null(pc.starts_with(why, CANNOT_READ), False))
+    for name, rows, values in (
+        ("status", there, status),
+        ("reason", there, why),
+        ("mtime_ns", unsure, pa.scalar(UNSURE, pa.int64())),
+    ):
+        column = table.schema.get_field_index(name)
+        table = table.set_column(column, name, pc.if_else(rows, values, table[name]))
+    return table
+
+
 def _rejected(old: pa.Table) -> dict[bytes, str]:
     """Why contents could not be used when they were looked at; a younger file may be the same."""
     faulty = old.filter(pc.and_(pc.equal(old["status"], "reject"), pc.is_valid(old["content"])))

@@ -18,7 +18,7 @@ from simpletuner.core.files import safe_name
 from simpletuner.core.seeds import key64
 from simpletuner.data.columns import bytes16, sizes_of
 from simpletuner.data.geometry import Keys, Sizes
-from simpletuner.data.index import CANNOT_READ, CHUNK, UNSURE, Index
+from simpletuner.data.index import CHUNK, Index, marked
 from simpletuner.data.pairing import pair
 from simpletuner.data.pixels import PictureError, decode
 from simpletuner.data.settings import DatasetSettings
@@ -173,17 +173,7 @@ def _marked(table: pa.Table, rows: NDArray[np.int32], faults: Sequence[str | Non
     decoded[rows] = True  # in their order, for they are sorted
     why = pc.replace_with_mask(why, pa.array(decoded), pa.array(faults, pa.string()))
     status = pc.if_else(pc.is_valid(why), "reject", _WHOLE)
-    # What cannot be read may be readable later, without a change: look again next time.
-    unsure = pc.fill_null(pc.starts_with(why, CANNOT_READ), False)
-    for name, there, values in (
-        ("status", decoded, status),
-        ("reason", decoded, why),
-        ("mtime_ns", unsure, pa.scalar(UNSURE, pa.int64())),
-    ):
-        column = table.schema.get_field_index(name)
-        values = pc.if_else(pa.array(there), values, table[name])
-        table = table.set_column(column, name, values)
-    return table
+    return marked(table, pa.array(decoded), status, why)
 
 
 def _shown(table: pa.Table) -> pa.ChunkedArray:

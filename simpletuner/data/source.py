@@ -24,7 +24,7 @@ from simpletuner.data.columns import bytes16, kept, keys_of, sizes_of
 from simpletuner.data.excluded import FAULTS_ALLOWED, Excluded, listed, pictures
 from simpletuner.data.files import open_files
 from simpletuner.data.geometry import Sizes
-from simpletuner.data.index import CANNOT_READ, NO_CAPTION, UNSURE, Index
+from simpletuner.data.index import NO_CAPTION, Index, marked
 from simpletuner.data.masks import Masks
 from simpletuner.data.pixels import PictureError, decode, opacity, render, render_mask
 from simpletuner.data.rules import background, caption_rule, sizing
@@ -195,14 +195,7 @@ class DataSource:
         first = pc.index_in(table["content"], value_set=contents)
         hit = pc.is_valid(first)
         why = named["why"].take(at.filter(pc.is_valid(at))).take(first)
-        for name, values in (("status", pa.scalar("reject")), ("reason", why)):
-            column = table.schema.get_field_index(name)
-            table = table.set_column(column, name, pc.if_else(hit, values, table[name]))
-        # What cannot be read may be readable later, without a change: look again next time.
-        unsure = pc.and_(hit, pc.fill_null(pc.starts_with(why, CANNOT_READ), False))
-        column = table.schema.get_field_index("mtime_ns")
-        times = pc.if_else(unsure, UNSURE, table["mtime_ns"])
-        table = table.set_column(column, "mtime_ns", times)
+        table = marked(table, hit, pa.scalar("reject"), why)
         self._index.save(table)
         return table
 

@@ -102,15 +102,16 @@ def _train(
     root = config.cache.root(folder.root)
     batch = config.schedule.train_batch_size
     found = open_sources(datasets, index_folder=root / "index", train_batch_size=batch, bus=bus)
-    planned, _ = _planned(config, found, seeds, place)  # refused before anything is encoded
-    bus.notice("\n".join(DataReport.of(found, planned).lines()))
+    planned = _planned(config, found, seeds, place)  # refused before anything is encoded
+    bus.notice("\n".join(DataReport.of(found, planned[0]).lines()))
     family = open_family(config.model, digests=root / "digests.json")
     prompts = Prompts.of(config.validation)
     caches = precompute(
         family, found, prompts, datasets.text_embeds, config.cache, seeds, place, bus
     )
     # 3. the plan: which samples each step sees, and when the run ends
-    plan, timetable = _planned(config, caches.sources, seeds, place)
+    same = caches.sources == tuple(found)  # all of it could be encoded
+    plan, timetable = planned if same else _planned(config, caches.sources, seeds, place)
     # 4. the denoiser with what trains on it
     denoiser = family.open_denoiser(Place(place.device, base_dtype(config.precision)))
     seeds.reseed_torch("adapter")

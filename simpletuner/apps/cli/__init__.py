@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import simpletuner
 from simpletuner.core.errors import SimpleTunerError
@@ -82,6 +84,11 @@ def _command(words: list[str]) -> tuple[str, list[str]]:
     if not name:
         parser.print_help()
     return name, words[1:]
+
+
+def print_json(value: Any) -> None:
+    """What a script reads, on standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def write_traceback() -> Path:

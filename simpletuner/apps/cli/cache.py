@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from simpletuner.apps.cli import print_json
 from simpletuner.apps.cli.train import open_folder, refuse_missing_folders, refuse_pending
 from simpletuner.config.load import Loaded, load
 from simpletuner.core.errors import CacheError
@@ -92,7 +92,7 @@ def status(loaded: Loaded, options: argparse.Namespace, bus: Bus) -> int:
 
     found = [(each, survey(each.folder, each.keys)) for each in wanted_of([loaded], bus)]
     if options.json:
-        _print_json([_named(each) | asdict(counted) for each, counted in found])
+        print_json([_named(each) | asdict(counted) for each, counted in found])
         return 0
     for each, counted in found:
         missing = counted.wanted - counted.present
@@ -115,7 +115,7 @@ def verify(loaded: Loaded, options: argparse.Namespace, bus: Bus) -> int:
     found = {each: damaged(each.folder) for each in wanted_of([loaded], bus)}
     if options.json:
         named = [(_named(each), [key.hex() for key in keys]) for each, keys in found.items()]
-        _print_json([facts | {"damaged": keys} for facts, keys in named])
+        print_json([facts | {"damaged": keys} for facts, keys in named])
     else:
         for each, keys in found.items():
             what = f"{len(keys)} damaged, encoded again by the next start" if keys else "whole"
@@ -134,7 +134,7 @@ def gc(loaded: Loaded, options: argparse.Namespace, bus: Bus) -> int:
         found = [each for each in wanted_of([loaded, *others], bus) if each.folder in mine]
         done = {each: collect(each.folder, each.keys, dry=not options.yes) for each in found}
     if options.json:
-        _print_json([_named(each) | asdict(removed) for each, removed in done.items()])
+        print_json([_named(each) | asdict(removed) for each, removed in done.items()])
         return 0
     verb, more = ("removed", "") if options.yes else ("would be removed", "; add --yes")
     for each, removed in done.items():
@@ -217,7 +217,3 @@ def _named(each: Wanted) -> dict[str, Any]:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from simpletuner.apps.cli import print_json
 from simpletuner.config.flat import flatten
 from simpletuner.config.load import Loaded, load
 from simpletuner.config.source import shown
@@ -38,10 +38,10 @@ def run(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         if not as_json:
             raise
-        _print_json({"ok": False, "problems": _problems(error), "fix": error.fix})
+        print_json({"ok": False, "problems": _problems(error), "fix": error.fix})
         return error.exit_code
     if as_json:
-        _print_json(_facts(loaded))
+        print_json(_facts(loaded))
     else:
         print("\n".join(_lines(loaded)))
     return 0
@@ -78,7 +78,3 @@ def pending_line(problem: Problem) -> str:
     """Where a setting that is not built yet stands, and what it asks for."""
     where = f"{problem.file} line {problem.line}: " if problem.file and problem.line else ""
     return f"{where}{problem.key}  {problem.message}"
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from simpletuner.apps.cli import print_json
 from simpletuner.apps.cli.train import refuse_missing_folders, refuse_pending
 from simpletuner.config.load import Loaded, load
 from simpletuner.core.errors import DataError
@@ -86,7 +86,7 @@ def report(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Name
     )
     made = DataReport.of(sources, plan)
     if options.json:
-        _print_json(asdict(made))
+        print_json(asdict(made))
     else:
         print("\n".join(made.lines(most=1000)))
     return 0
@@ -115,7 +115,7 @@ def captions(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Na
         for source in sources
     }
     if options.json:
-        _print_json(found)
+        print_json(found)
         return 0
     for name, pictures in found.items():
         for path, texts in pictures.items():
@@ -134,7 +134,7 @@ def verify(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Name
             masks = _undecodable(source, lambda row, of=source: of.mask(row, of.geometry(row)))
             faults[source.id] = {**masks, **faults[source.id]}
     if options.json:
-        _print_json(faults)
+        print_json(faults)
     else:
         for source in sources:
             for path, reason in faults[source.id].items():
@@ -193,7 +193,3 @@ def _count(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError("must be a number of pictures, 1 or more")
     return int(text)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from simpletuner.cache.latents import LatentCache, open_stores
 from simpletuner.cache.settings import CacheSettings
-from simpletuner.core.events import Bus, Event
+from simpletuner.core.events import Bus
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Place
 from simpletuner.data.settings import DatasetSettings
@@ -24,19 +24,6 @@ from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
 
 PLACE = Place(torch.device("cpu"), torch.float32)
-
-
-class Heard:
-    """A sink that keeps every event."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def handle(self, event: Event) -> None:
-        self.events.append(event)
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)

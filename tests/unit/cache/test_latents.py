@@ -13,9 +13,9 @@ from simpletuner.cache.latents import open_stores
 from simpletuner.core.errors import CacheError, DataError, ModelError
 from simpletuner.core.events import Bus, Notice, Stage
 from simpletuner.core.seeds import Seeds, key64
+from tests.hearing import Heard
 from tests.runs import fill_the_memory
 from tests.unit.cache.setting import (
-    Heard,
     Watched,
     dataset,
     latent_cache,
@@ -290,7 +290,7 @@ def test_latents_that_were_never_encoded_are_an_error_that_names_the_picture(
 
 def test_values_that_are_not_finite_are_never_kept(family: Watched, tmp_path: Path) -> None:
     class Overflowing(Watched):
-        def encode_pixels(self, vae, batch, generators):  # type: ignore[no-untyped-def]
+        def encode_pixels(self, vae, batch, generators):
             return super().encode_pixels(vae, batch, generators) / 0
 
     ten(tmp_path)
@@ -329,7 +329,7 @@ def test_a_memory_that_is_full_while_encoding_says_what_takes_less_and_keeps_the
     family: Watched, tmp_path: Path, together: int, settings: dict[str, bool], said: str
 ) -> None:
     class Full(Watched):
-        def encode_pixels(self, vae, batch, generators):  # type: ignore[no-untyped-def]
+        def encode_pixels(self, vae, batch, generators):
             if len(self.batches) == 1:
                 fill_the_memory()
             return super().encode_pixels(vae, batch, generators)
@@ -363,11 +363,11 @@ def test_pictures_are_decoded_a_bounded_number_ahead(family: Watched, tmp_path: 
         decoded.append(drawn)
         return pixels(drawn)
 
-    source.pixels = counted  # type: ignore[method-assign,assignment]
+    source.pixels = counted
     encode = family.encode_pixels
 
     class Slow(Watched):
-        def encode_pixels(self, vae, batch, generators):  # type: ignore[no-untyped-def]
+        def encode_pixels(self, vae, batch, generators):
             ahead.append(len(decoded) - 2 * len(ahead))
             return encode(vae, batch, generators)
 

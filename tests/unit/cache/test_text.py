@@ -14,8 +14,9 @@ from simpletuner.core.errors import CacheError
 from simpletuner.core.events import Bus, Notice, Stage
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Place
+from tests.hearing import Heard
 from tests.runs import fill_the_memory
-from tests.unit.cache.setting import PLACE, Heard, Watched, dataset, picture, watched
+from tests.unit.cache.setting import PLACE, Watched, dataset, picture, watched
 
 CAPTIONS = ["a red cat", "", "a blue dog", "a red cat", "two birds"]
 
@@ -104,7 +105,7 @@ def test_a_memory_that_is_full_while_encoding_says_what_takes_less_and_keeps_the
     tiny_sdxl: Path, tmp_path: Path, together: int, dtype: torch.dtype, said: str
 ) -> None:
     class Full(Watched):
-        def encode_text(self, pipe, captions):  # type: ignore[no-untyped-def]
+        def encode_text(self, pipe, captions):
             if len(self.batches) == 1:
                 fill_the_memory()
             return super().encode_text(pipe, captions)
@@ -125,7 +126,7 @@ def test_a_memory_that_is_full_while_encoding_says_what_takes_less_and_keeps_the
 def test_the_trainers_own_layouts_are_all_it_takes(tiny_sdxl: Path, tmp_path: Path) -> None:
     family = watched(tiny_sdxl)
 
-    class Ragged(type(family)):  # type: ignore[misc]
+    class Ragged(type(family)):
         layouts = {"prompt_embeds": "ragged"}  # noqa: RUF012
 
     with pytest.raises(NotImplementedError, match="'prompt_embeds': 'ragged'"):

@@ -8,23 +8,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from simpletuner.core.events import Bus, Event, Notice
+from simpletuner.core.events import Bus, Notice
 from simpletuner.core.seeds import Seeds
 from simpletuner.data.settings import DatasetSettings
 from simpletuner.data.source import DataSource
+from tests.hearing import Heard
 
 SEEDS = Seeds(42)
-
-
-class Heard:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def handle(self, event: Event) -> None:
-        self.events.append(event)
-
-    def close(self) -> None:
-        pass
 
 
 def noise(name: str, size: tuple[int, int]) -> Image.Image:

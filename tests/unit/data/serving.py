@@ -44,7 +44,7 @@ class Site:
 
     def put(self, path: str, *args: object, **rest: object) -> str:
         """Answer `path`; its whole address."""
-        self.answers[path] = Answer(*args, **rest)  # type: ignore[arg-type]
+        self.answers[path] = Answer(*args, **rest)
         return self.address + path
 
 

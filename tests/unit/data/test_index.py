@@ -14,17 +14,7 @@ from simpletuner.core.files import content_digest
 from simpletuner.data.index import COLUMNS, Index
 from simpletuner.data.storage.base import FileFacts
 from simpletuner.data.storage.local import LocalStorage
-
-
-class Heard:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def handle(self, event: Event) -> None:
-        self.events.append(event)
-
-    def close(self) -> None:
-        pass
+from tests.hearing import Heard
 
 
 class Counted(LocalStorage):
