@@ -40,26 +40,35 @@ class BareStep:
         batch: B.
         cells: (h, w).
         rank: Of the adapters.
+        device: Where it runs.
     """
 
-    def __init__(self, folder: Path, batch: int, cells: tuple[int, int], rank: int = 16) -> None:
-        self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    def __init__(
+        self,
+        folder: Path,
+        batch: int,
+        cells: tuple[int, int],
+        rank: int = 16,
+        device: str = "cpu",
+    ) -> None:
+        self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").to(device)
         self.unet.requires_grad_(False)
         self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
         self.unet.train()
         self.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
-        self.latents = torch.randn(batch, 4, *cells)
-        self.text = torch.randn(batch, 77, 64)
-        pooled, size = torch.randn(batch, 32), 8 * cells[0]
+        self.latents = torch.randn(batch, 4, *cells, device=device)
+        self.text = torch.randn(batch, 77, 64, device=device)
+        pooled, size = torch.randn(batch, 32, device=device), 8 * cells[0]
         ids = torch.tensor([[size, size, 0, 0, size, size]] * batch, dtype=torch.float32)
+        ids = ids.to(device)
         self.added = {"text_embeds": pooled, "time_ids": ids}
 
     def __call__(self) -> None:
         """Draw, predict, loss, backward, clip, update."""
         noise = torch.randn_like(self.latents)
-        t = torch.randint(0, 1000, (len(self.latents),))
+        t = torch.randint(0, 1000, (len(self.latents),), device=self.latents.device)
         noisy = self.scheduler.add_noise(self.latents, noise, t)
         answer = self.unet(
             noisy, t, encoder_hidden_states=self.text, added_cond_kwargs=self.added
