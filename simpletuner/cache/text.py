@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
 import torch
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from simpletuner.core.types import Place
     from simpletuner.models.family import Family
 
+
+class Encoders(Protocol):
+    """What the text encoders are held in."""
+
+    def format(self, part: str) -> str:
+        """The number format of an encoder, ``no_change`` for its own."""
+
+    def __call__(self, part: str, model: torch.nn.Module, device: torch.device) -> None:
+        """Convert an encoder, before it moves to `device`."""
+
+
 STAGE = "text embeddings"
 _FIX = "set mixed_precision to no, or check the text encoders' files"
 
@@ -36,16 +47,29 @@ class TextCache:
         store: Where it is kept.
         place: Where and in what dtype the encoders run.
         batch_size: Captions encoded at once.
+        encoders: What they are held in.
     """
 
     def __init__(
-        self, family: Family, store: TensorStore, place: Place, *, batch_size: int = 4
+        self,
+        family: Family,
+        store: TensorStore,
+        place: Place,
+        *,
+        batch_size: int = 4,
+        encoders: Encoders | None = None,
     ) -> None:
         unknown = {name: kind for name, kind in family.layouts.items() if kind != "stack"}
         if unknown:
             raise NotImplementedError(f"{family.name}: no way to batch {unknown} was built")
         self._family, self._store, self._place = family, store, place
         self._batch_size = batch_size
+        self._encoders = encoders
+        self._numbers = str(place.dtype)
+        for part in family.text_parts:
+            name = encoders.format(part) if encoders and part.startswith("text_encoder") else ""
+            if name not in ("", "no_change"):
+                self._numbers += f" {part}:{name}"
         self._model = family.fingerprint("text")
 
     def prepare(self, captions: Mapping[str, Iterable[str]], bus: Bus) -> None:
@@ -111,7 +135,7 @@ class TextCache:
     def _encode(self, captions: dict[bytes, str], bus: Bus) -> list[ref[torch.nn.Module]]:
         """Encode `captions`; returns the encoders, which were let go."""
         keys = list(captions)
-        pipe = self._family.open_text(self._place)
+        pipe = self._family.open_text(self._place, self._encoders)
         with EncodingStage(STAGE, len(keys), bus, _FIX) as stage:
             for start in range(0, len(keys), self._batch_size):
                 group = keys[start : start + self._batch_size]
@@ -138,4 +162,4 @@ class TextCache:
         return {self._key(caption): caption for caption in captions}
 
     def _key(self, caption: str) -> bytes:
-        return text_key(caption, model=self._model, dtype=str(self._place.dtype))
+        return text_key(caption, model=self._model, dtype=self._numbers)

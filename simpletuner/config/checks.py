@@ -16,10 +16,19 @@ from simpletuner.core.table import Row
 from simpletuner.models.families import FAMILIES
 from simpletuner.optim.optimizers import OPTIMIZERS, numbers
 from simpletuner.optim.schedules import SCHEDULES
+from simpletuner.precision.quantisers import QUANTISERS, quantised_in
 from simpletuner.validation.prompts import Prompts
 from simpletuner.validation.settings import ValidationSettings
 
 LEAST_PX, MOST_PX = 32, 8192
+
+QUANTISED_PARTS = (
+    "base_model_precision",
+    "text_encoder_1_precision",
+    "text_encoder_2_precision",
+    "text_encoder_3_precision",
+)
+"""The settings that name a row of QUANTISERS."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,12 @@ class Proposal:
     Args:
         values: Every setting by its key, given or default; a required one that is absent is not in.
         given: What the user wrote, by key.
+        device: What this machine trains on: ``cuda``, ``mps`` or ``cpu``.
     """
 
     values: Mapping[str, Any]
     given: Mapping[str, Given]
+    device: str = "cpu"
 
     def says(self, key: str) -> Any:
         """The value the user gave for `key`, None without one."""
@@ -232,6 +243,23 @@ def optimizer_takes_its_numbers(run: Proposal) -> Iterator[Problem]:
             yield run.problem(problem.key, problem.message)
 
 
+def weights_can_be_quantised(run: Proposal) -> Iterator[Problem]:
+    """Quantised weights are frozen, and their format works on this machine."""
+    mixed = run.values["mixed_precision"]
+    for key in QUANTISED_PARTS:
+        name = run.values[key]
+        if name == "no_change" or name not in QUANTISERS:
+            continue
+        if why := quantised_in(name, run.device, "fp32" if mixed == "no" else mixed):
+            yield run.problem(key, why)
+        if key == "base_model_precision" and run.values["model_type"] == "full":
+            yield run.problem(
+                key,
+                f"{name} is for frozen weights, and model_type full trains them all; set it to"
+                " no_change, or model_type to lora",
+            )
+
+
 def validation_sizes_fit(run: Proposal) -> Iterator[Problem]:
     """Validation pictures have a size that can be rendered, on the family's grid."""
     family = run.values.get("model_family", "")
@@ -294,6 +322,7 @@ CHECKS: tuple[Check, ...] = (
     rate_falls,
     learning_rate_uses,
     warmup_is_taken,
+    weights_can_be_quantised,
     validation_sizes_fit,
     options_of_row,
     optimizer_takes_its_numbers,

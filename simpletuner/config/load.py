@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from simpletuner.cache.settings import CacheSettings
-from simpletuner.config.checks import Proposal, contradictions
+from simpletuner.config.checks import QUANTISED_PARTS, Proposal, contradictions
 from simpletuner.config.datasets import DatasetsFile, Surroundings, check_draws, read_datasets
 from simpletuner.config.find import Place, Selectors, examples_folder, find_settings, shipped_folder
 from simpletuner.config.flat import (
@@ -30,6 +30,8 @@ from simpletuner.config.unsupported import UNSUPPORTED
 from simpletuner.core.errors import ConfigError, Problem
 from simpletuner.core.section import Section
 from simpletuner.data.settings import Datasets, DataSettings
+from simpletuner.precision.quantisers import QUANTISERS, quantised_in
+from simpletuner.runtime.machine import device_kind
 
 __all__ = ["Loaded", "examples_folder", "load", "shipped_folder"]
 
@@ -79,6 +81,7 @@ class _Loading:
     def __init__(self, environ: Mapping[str, str], cwd: Path) -> None:
         self.environ = environ
         self.cwd = cwd
+        self.device = device_kind(environ)
         self.notes: list[str] = []
         self.problems: list[Problem] = []
         self.reader = Reader(_is_known, is_switch, tuple(SETTINGS))
@@ -91,9 +94,10 @@ class _Loading:
         given = self._merge(source, flags)
         values = read_values(given, SETTINGS, self.notes)
         self._fill(values, given, place)
+        self._fit_the_machine(values, given)
         built = self._sections(values, given, place)
         merged = _merged(built, values)
-        self.problems += contradictions(Proposal(merged, given))
+        self.problems += contradictions(Proposal(merged, given, self.device))
         found, datasets = self._datasets(place, merged, built, given)
         if self.problems or datasets is None or found is None:
             raise ConfigError(problems=list(dict.fromkeys(self.problems)))
@@ -144,6 +148,19 @@ class _Loading:
             elif in_example and _names_model(key) and (in_example / text).exists():
                 text = str(in_example / text)
             values[key] = text
+
+    def _fit_the_machine(self, values: dict[str, Any], given: Mapping[str, Given]) -> None:
+        """Where a format works on this machine in fp32 alone, that is the default there."""
+        names = [values[key] for key in QUANTISED_PARTS if values.get(key) in QUANTISERS]
+        exact = [
+            name
+            for name in names
+            if quantised_in(name, self.device, "bf16")
+            and not quantised_in(name, self.device, "fp32")
+        ]
+        if exact and "mixed_precision" not in given:
+            values["mixed_precision"] = "no"
+            self.notes.append(f"mixed_precision is no: {exact[0]} computes in fp32 on a CPU")
 
     def _sections(
         self, values: Mapping[str, Any], given: Mapping[str, Given], place: Place

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from simpletuner.core.types import Batch, Draw, Embeds, Place
     from simpletuner.models.checkpoint import Checkpoint
+
+    Shrink = Callable[[str, nn.Module, torch.device], None]
+    """Given a part's name, the part, frozen and on the CPU, and the device it goes to next."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,12 @@ class Family(ABC):
 
     # --- opening -----------------------------------------------------------------------------
 
-    def open_text(self, place: Place) -> Any:
-        """The stock pipeline with its text encoders and tokenizers only, on `place`."""
+    def open_text(self, place: Place, shrink: Shrink | None = None) -> Any:
+        """The stock pipeline with its text encoders and tokenizers only, on `place`.
+
+        Args:
+            shrink: Given each encoder, frozen and still on the CPU.
+        """
         pipe = self.checkpoint.open_pipeline(
             self.pipeline, without=(self.denoiser, "vae"), dtype=place.dtype
         )
@@ -91,6 +98,8 @@ class Family(ABC):
             module = pipe.components.get(part)
             if module is not None and hasattr(module, "requires_grad_"):  # tokenizers have none
                 module.requires_grad_(False).eval()
+                if shrink is not None:
+                    shrink(part, module, place.device)
         return pipe.to(place.device)
 
     def open_vae(self, device: torch.device, dtype: torch.dtype) -> Any:
@@ -98,10 +107,17 @@ class Family(ABC):
         vae = self.checkpoint.open_part("vae", dtype)
         return vae.requires_grad_(False).eval().to(device)
 
-    def open_denoiser(self, place: Place) -> nn.Module:
-        """The denoiser, frozen, in training mode, on `place`."""
+    def open_denoiser(self, place: Place, shrink: Shrink | None = None) -> nn.Module:
+        """The denoiser, frozen, in training mode, on `place`.
+
+        Args:
+            shrink: Given the denoiser while it is still on the CPU.
+        """
         denoiser: nn.Module = self.checkpoint.open_part(self.denoiser, place.dtype)
-        return denoiser.requires_grad_(False).train().to(place.device)
+        denoiser.requires_grad_(False).train()
+        if shrink is not None:
+            shrink(self.denoiser, denoiser, place.device)
+        return denoiser.to(place.device)
 
     def open_sampler(self, denoiser: nn.Module, vae: nn.Module) -> Any:
         """The stock pipeline around the live denoiser, with the checkpoint's own scheduler."""

@@ -5,17 +5,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from simpletuner.core.section import Section, setting
+from simpletuner.precision.quantisers import QUANTISERS
 
-Quantised = Literal[
-    "no_change",
-    "int8-quanto",
-    "int4-quanto",
-    "int2-quanto",
-    "fp8-quanto",
-    "nf4-bnb",
-    "int8-torchao",
-    "fp8-torchao",
-]
 Kernel = Literal[
     "diffusers",
     "xformers",
@@ -26,7 +17,6 @@ Kernel = Literal[
     "flash-attn-3-varlen",
 ]
 
-_QUANTISED = get_args(Quantised)[1:]
 _OTHER_KERNELS = get_args(Kernel)[1:]
 
 
@@ -52,20 +42,21 @@ class PrecisionSettings(Section):
     )
     """When sageattention is used; it trains no gradient through attention."""
 
-    base_model_precision: Quantised = setting("no_change", pending=_QUANTISED)
+    base_model_precision: str = setting("no_change", table=QUANTISERS)
     """What the frozen base is quantised to; fewer bits take less memory and lose detail."""
 
-    text_encoder_1_precision: Quantised = setting("no_change", pending=_QUANTISED)
+    text_encoder_1_precision: str = setting("no_change", table=QUANTISERS)
     """What the first text encoder is quantised to while captions are encoded."""
 
-    text_encoder_2_precision: Quantised = setting("no_change", pending=_QUANTISED)
+    text_encoder_2_precision: str = setting("no_change", table=QUANTISERS)
     """What the second text encoder is quantised to while captions are encoded."""
 
-    text_encoder_3_precision: Quantised = setting("no_change", pending=_QUANTISED)
+    text_encoder_3_precision: str = setting("no_change", table=QUANTISERS)
     """What the third text encoder is quantised to while captions are encoded."""
 
-    quantize_via: Literal["accelerator", "cpu", "pipeline"] = setting("accelerator", pending=True)
-    """Where quantising happens: the accelerator is faster, the CPU spares the device's memory."""
+    quantize_via: Literal["accelerator", "cpu"] = setting("accelerator")
+    """Where the weights are converted, layer by layer: accelerator is faster, the CPU spares the
+    device's memory."""
 
     disable_tf32: bool = setting(False, pending=True)
     """Keep every fp32 product exact on NVIDIA cards; slower."""

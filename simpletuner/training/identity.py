@@ -113,6 +113,7 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
         **_optimizer_settings(config.optimizer, total_steps),
         "lora_dropout": config.adapter.lora_dropout,
         "mixed_precision": precision.mixed_precision,
+        "base_model_precision": precision.base_model_precision,
     }
     if precision.mixed_precision != "no":
         found["base_model_default_dtype"] = precision.base_model_default_dtype

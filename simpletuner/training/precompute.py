@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from simpletuner.data.settings import TextEmbedsSettings
     from simpletuner.data.source import DataSource
     from simpletuner.models.family import Family
+    from simpletuner.precision.quantise import Quantiser
     from simpletuner.validation.prompts import Prompts
 
 
@@ -76,6 +77,7 @@ def open_caches(
     sources: Sequence[DataSource],
     text_embeds: TextEmbedsSettings,
     settings: CacheSettings,
+    quantiser: Quantiser,
     seeds: Seeds,
     place: Place,
     bus: Bus,
@@ -88,7 +90,8 @@ def open_caches(
         write_batch_size=text_embeds.write_batch_size,
         bus=bus,
     )
-    text = TextCache(family, store, place, batch_size=text_embeds.text_encoder_batch_size)
+    size = text_embeds.text_encoder_batch_size
+    text = TextCache(family, store, place, batch_size=size, encoders=quantiser)
     stores = open_stores(sources, rank=place.rank, bus=bus)
     return text, LatentCache(family, stores, settings, vae_place(settings, place), seeds)
 
@@ -99,6 +102,7 @@ def precompute(
     prompts: Prompts,
     text_embeds: TextEmbedsSettings,
     settings: CacheSettings,
+    quantiser: Quantiser,
     seeds: Seeds,
     place: Place,
     bus: Bus,
@@ -110,7 +114,9 @@ def precompute(
     """
     _fit_the_grid(family, sources)
     _look_for_damage(sources, bus)
-    text, latents = open_caches(family, sources, text_embeds, settings, seeds, place, bus)
+    text, latents = open_caches(
+        family, sources, text_embeds, settings, quantiser, seeds, place, bus
+    )
     while True:
         sources = [_with_whole_masks(source, bus) for source in sources]
         captions = {f"dataset {source.id}": source.all_captions() for source in sources}

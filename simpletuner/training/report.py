@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.adapters.export import LORA_FILE
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from simpletuner.data.settings import Datasets
     from simpletuner.data.source import DataSource
     from simpletuner.models.family import Family
+    from simpletuner.precision.quantise import Quantised
     from simpletuner.training.state import TrainState
     from simpletuner.training.timetable import Timetable
 
@@ -30,9 +31,15 @@ class Report:
     """Tells the bus and the output folder what runs and how it ended."""
 
     def __init__(
-        self, config: Config, datasets: Datasets, family: Family, folder: RunFolder, bus: Bus
+        self,
+        config: Config,
+        datasets: Datasets,
+        family: Family,
+        held: Mapping[str, Quantised],
+        folder: RunFolder,
+        bus: Bus,
     ) -> None:
-        self._config, self._datasets, self._family = config, datasets, family
+        self._config, self._datasets, self._family, self._held = config, datasets, family, held
         self._folder, self._bus = folder, bus
         self._facts: dict[str, Any] = {}
 
@@ -118,7 +125,7 @@ class Report:
             "optimizer": f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g},"
             f" {optimizer.lr_scheduler}",
             "precision": f"{str(place.dtype).removeprefix('torch.')} on {place.device},"
-            " adapters in float32",
+            f" adapters in float32; {self._held[self._family.denoiser]}",
             "output": str(self._folder.root),
         }
 

@@ -19,6 +19,7 @@ from simpletuner.models.loading import open_family
 from simpletuner.optim.build import build_optimizer
 from simpletuner.precision.dtypes import base_dtype, run_dtype
 from simpletuner.precision.fit import fit
+from simpletuner.precision.quantise import Quantiser
 from simpletuner.runtime.runtime import Runtime
 from simpletuner.training.checkpoint import Checkpointer
 from simpletuner.training.control import Control
@@ -106,14 +107,15 @@ def _train(
     bus.notice("\n".join(DataReport.of(found, planned[0]).lines()))
     family = open_family(config.model, digests=root / "digests.json")
     prompts = Prompts.of(config.validation)
+    quantiser = Quantiser(config.precision)
     caches = precompute(
-        family, found, prompts, datasets.text_embeds, config.cache, seeds, place, bus
+        family, found, prompts, datasets.text_embeds, config.cache, quantiser, seeds, place, bus
     )
     # 3. the plan: which samples each step sees, and when the run ends
     same = caches.sources == tuple(found)  # all of it could be encoded
     plan, timetable = planned if same else _planned(config, caches.sources, seeds, place)
     # 4. the denoiser with what trains on it
-    denoiser = family.open_denoiser(Place(place.device, base_dtype(config.precision)))
+    denoiser = family.open_denoiser(Place(place.device, base_dtype(config.precision)), quantiser)
     seeds.reseed_torch("adapter")
     method = method_of(config.adapter.model_type, config.adapter.lora_type)
     trainable = method.load()(denoiser, family, config.adapter)
@@ -121,7 +123,7 @@ def _train(
     weights = Weights(trainable, build_optimizer(config.optimizer, trainable.groups(), seeds))
     # 5. where the run stands
     state = starting_state(config, family, plan, caches.sources, timetable.total_steps, place)
-    report = Report(config, datasets, family, folder, bus)
+    report = Report(config, datasets, family, quantiser.told, folder, bus)
     limit = config.schedule.checkpoints_total_limit
     saver = Checkpointer(folder, state, weights, limit, report.metadata, bus)
     resumed = saver.resume(

@@ -186,6 +186,7 @@ def _front(loaded: Loaded, folder: RunFolder, bus: Bus) -> tuple[Any, ...]:
     from simpletuner.data.opening import open_sources
     from simpletuner.models.loading import open_family
     from simpletuner.precision.dtypes import run_dtype
+    from simpletuner.precision.quantise import Quantiser
     from simpletuner.runtime.runtime import Runtime
     from simpletuner.validation.prompts import Prompts
 
@@ -199,6 +200,7 @@ def _front(loaded: Loaded, folder: RunFolder, bus: Bus) -> tuple[Any, ...]:
         Prompts.of(config.validation),
         datasets.text_embeds,
         config.cache,
+        Quantiser(config.precision),
         Seeds(config.runtime.seed),
         Runtime.start(run_dtype(config.precision)).place,
     )

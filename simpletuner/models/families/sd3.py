@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from simpletuner.core.types import Batch, Draw, Embeds, Place
+    from simpletuner.models.family import Shrink
 
 
 class SD3(Family):
@@ -78,7 +79,7 @@ class SD3(Family):
         length = self.text_options["tokenizer_max_length"]
         return MappingProxyType({"prompt_2": None, "prompt_3": None, "max_sequence_length": length})
 
-    def open_text(self, place: Place) -> Any:
+    def open_text(self, place: Place, shrink: Shrink | None = None) -> Any:
         """See Family.
 
         Raises:
@@ -89,7 +90,7 @@ class SD3(Family):
                 f"{self.checkpoint.label} has no T5 (text_encoder_3)",
                 fix="name a checkpoint with all three text encoders",
             )
-        return super().open_text(place)
+        return super().open_text(place, shrink)
 
     def encode_text(self, pipe: Any, captions: Sequence[str]) -> list[Embeds]:
         """As the stock pipeline does, then what `text_options` ask for."""

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from simpletuner.models.families.sdxl import SDXL
 from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
 
+if TYPE_CHECKING:
+    from simpletuner.models.family import Shrink
+
 PLACE = Place(torch.device("cpu"), torch.float32)
 
 
@@ -34,8 +37,8 @@ class Watched(SDXL):
     batches: list[int] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
 
-    def open_text(self, place: Place) -> Any:
-        pipe = super().open_text(place)
+    def open_text(self, place: Place, shrink: Shrink | None = None) -> Any:
+        pipe = super().open_text(place, shrink)
         self.opened.append(weakref.ref(pipe.text_encoder))
         return pipe
 

@@ -102,15 +102,14 @@ def test_every_problem_of_both_files_comes_at_once_with_its_line(place: Workplac
 
 
 def test_what_is_not_built_yet_is_named_and_still_loads(place: Workplace) -> None:
-    place.config(optimizer="prodigy", base_model_precision="int8-quanto", use_dora=True)
+    place.config(mixed_precision="fp8", attention_mechanism="xformers")
     place.datasets("", PICTURES, {**PICTURES, "id": "b", "crop_style": "face"})
 
     pending = place.load("--report_to=wandb").pending
 
     assert {(p.key, p.message) for p in pending} == {
-        ("optimizer", "prodigy is not built yet"),
-        ("base_model_precision", "int8-quanto is not built yet"),
-        ("use_dora", "is not built yet"),
+        ("mixed_precision", "fp8 is not built yet"),
+        ("attention_mechanism", "xformers is not built yet"),
         ("--report_to", "wandb is not built yet"),
         ("crop_style", "face is not built yet"),
     }

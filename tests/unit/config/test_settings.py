@@ -27,7 +27,6 @@ from simpletuner.data.settings import (
 )
 from simpletuner.models.settings import ModelSettings
 from simpletuner.optim.settings import OptimizerSettings
-from simpletuner.precision.settings import PrecisionSettings
 from simpletuner.runtime.settings import RuntimeSettings
 from simpletuner.tracking.settings import TrackingSettings
 from simpletuner.validation.settings import ValidationSettings
@@ -256,7 +255,7 @@ def test_pending_values_are_among_those_a_setting_takes() -> None:
     ("printed", "waiting"),
     [
         (SDXL, set()),
-        (QUANTISED, {"base_model_precision"}),
+        (QUANTISED, set()),
         (PREVIEW, {"validation_preview"}),
         (SKIP_LAYERS, {"validation_guidance_skip_layers"}),
     ],
@@ -407,12 +406,6 @@ def test_an_empty_checkpoint_name_is_a_fresh_start() -> None:
 def test_several_processes_are_refused_with_what_to_do() -> None:
     with pytest.raises(ValidationError, match="multiply gradient_accumulation_steps by 3"):
         RuntimeSettings(num_processes=3)
-
-
-def test_quantised_bases_wait_and_plain_ones_do_not() -> None:
-    field = PrecisionSettings.model_fields["base_model_precision"]
-    assert is_pending(field, "int8-quanto")
-    assert not is_pending(field, "no_change")
 
 
 @pytest.mark.parametrize(

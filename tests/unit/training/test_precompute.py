@@ -14,6 +14,7 @@ from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Place, PlannedBatch
 from simpletuner.data.source import DataSource
 from simpletuner.models.loading import open_family
+from simpletuner.precision.quantise import Quantiser
 from simpletuner.training.precompute import precompute
 from simpletuner.validation.prompts import Prompts
 from tests.runs import Run
@@ -44,6 +45,7 @@ def test_what_takes_the_place_of_an_undecodable_picture_is_encoded_too(
         Prompts.of(config.validation),
         loaded.datasets.text_embeds,
         config.cache,
+        Quantiser(config.precision),
         Seeds(0),
         Place(torch.device("cpu"), torch.float32),
         Bus(),

@@ -1,0 +1,186 @@
+"""Frozen weights in fewer bits: which layers, what it saves, and what stays as it was."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.core.errors import ConfigError, is_out_of_memory
+from simpletuner.precision.quantisers import QUANTISERS, quantised_in
+
+if TYPE_CHECKING:
+    from simpletuner.precision.settings import PrecisionSettings
+
+GRID = 16
+"""Both sides of a matrix are multiples of this; the kernels are wrong, or refuse, otherwise."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What became of one model.
+
+    Args:
+        part: The model's name in the pipeline.
+        name: The format.
+        layers: How many linear layers are held in it.
+        kept: How many of its kind were left as they were, by the reason.
+        before: Bytes of all weights as opened.
+        after: Bytes of all weights now.
+        dtype: Of the weights that stayed.
+    """
+
+    part: str
+    name: str
+    layers: int
+    kept: dict[str, int]
+    before: int
+    after: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype, size = str(self.dtype).removeprefix("torch."), f"{self.after / 2**20:,.1f} MiB"
+        if not self.layers:
+            return f"{self.part} in {dtype}, {size}"
+        rest = "".join(f", {count} layers left {why}" for why, count in self.kept.items())
+        return (
+            f"{self.part}: {self.layers} linear layers in {self.name}, the rest in {dtype}{rest};"
+            f" {size} instead of {self.before / 2**20:,.1f}"
+        )
+
+
+class Quantiser:
+    """Holds the parts of a model as the settings say, when they are opened.
+
+    Attributes:
+        told: What became of each part that was opened, by its name.
+    """
+
+    def __init__(self, settings: PrecisionSettings) -> None:
+        self.told: dict[str, Quantised] = {}
+        self._via = settings.quantize_via
+        self._denoiser = settings.base_model_precision
+        self._encoders = {
+            "text_encoder": settings.text_encoder_1_precision,
+            "text_encoder_2": settings.text_encoder_2_precision,
+            "text_encoder_3": settings.text_encoder_3_precision,
+        }
+
+    def __call__(self, part: str, model: nn.Module, device: torch.device) -> None:
+        """Quantise a part in place, if the settings ask for it; see `quantise`."""
+        self.told[part] = quantise(model, part, self.format(part), device, via=self._via)
+
+    def format(self, part: str) -> str:
+        """The row of QUANTISERS that a part is held in."""
+        return self._encoders.get(part, self._denoiser)
+
+
+def quantise(
+    model: nn.Module, part: str, name: str, device: torch.device, *, via: str
+) -> Quantised:
+    """Hold the linear layers of a frozen model's repeated blocks in fewer bits, in place.
+
+    Embeddings, norms, convolutions and what stands before and after the blocks stay: they are a
+    small part of the weights and a large one of the loss. So do layers that the model's own class
+    keeps in fp32, and those whose sides are no multiples of 16.
+
+    Args:
+        model: Frozen, on the CPU; adapters come after.
+        part: Its name in the pipeline, for messages.
+        name: A row of QUANTISERS.
+        device: Where it is going to run; it is not moved.
+        via: ``accelerator`` converts each layer there, ``cpu`` all of them before the move.
+
+    Raises:
+        ConfigError: The format does not work on the device, or the model has no such layers.
+        ExtraMissing: Its package is not installed.
+    """
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if why := quantised_in(name, device.type, _SHORT.get(dtype, str(dtype))):
+        raise ConfigError(why)
+    make, before = QUANTISERS[name].load(), weight_bytes(model)
+    if name == "no_change":
+        return Quantised(part, name, 0, {}, before, before, dtype)
+    kept: Counter[str] = Counter()
+    layers = 0
+    for path, layer in list(_candidates(model)):
+        if layer.in_features % GRID or layer.out_features % GRID:
+            kept[f"for a side that is no multiple of {GRID}"] += 1
+        elif _kept_exact(model, path):
+            kept["for the model's class keeps them exact"] += 1
+        else:
+            made = make(layer.to(device if via == "accelerator" else "cpu"))
+            if not layers:
+                _try(made.to(device), name, dtype)
+            _replace(model, path, made.requires_grad_(False))
+            layers += 1
+    if not layers:
+        raise ConfigError(
+            f"{part} has no layers that {name} could hold",
+            fix="set its precision to no_change",
+        )
+    return Quantised(part, name, layers, dict(kept), before, weight_bytes(model), dtype)
+
+
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers inside the blocks that the model's class calls repeated."""
+    names = getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None)
+    seen: set[int] = set()
+    for outer, block in model.named_modules():
+        if type(block).__name__ not in (names or ()):
+            continue
+        for inner, layer in block.named_modules():
+            if isinstance(layer, nn.Linear) and id(layer) not in seen:
+                seen.add(id(layer))
+                yield f"{outer}.{inner}", layer
+
+
+def _try(layer: nn.Linear, name: str, dtype: torch.dtype) -> None:
+    """Compute with one layer, so that kernels that cannot be had fail now and not in step 1."""
+    try:
+        with torch.no_grad():
+            layer(torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight.device))
+    except (RuntimeError, OSError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"{name} cannot compute here: {str(error).splitlines()[0] if str(error) else error!r}",
+            fix="quanto compiles its kernels of 4 and 2 bits: it needs ninja and g++, and nvcc with"
+            " CUDA; without them take nf4-bnb, int8-quanto or int8-torchao",
+        ) from error
+
+
+def _kept_exact(model: nn.Module, path: str) -> bool:
+    exact = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return any(part in exact for part in path.split("."))
+
+
+def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What the weights of a model take, those of quantised layers included."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(_bytes(tensor) for tensor in tensors)
+
+
+def _bytes(tensor: Tensor) -> int:
+    state = getattr(tensor, "quant_state", None)  # bitsandbytes keeps its scales beside the weight
+    if state is not None:
+        parts = [state.absmax, state.code]
+        if state.nested:
+            parts += [state.state2.absmax, state.state2.code]
+        return tensor.nbytes + sum(part.nbytes for part in parts)
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if type(tensor) in (Tensor, nn.Parameter) or flatten is None:
+        return tensor.nbytes
+    return sum(_bytes(getattr(tensor, name)) for name in flatten()[0])

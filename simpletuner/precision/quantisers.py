@@ -1,0 +1,97 @@
+"""The number formats that frozen weights can be held in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simpletuner.core.table import Row, Table
+
+
+def _facts(backend: str, bits: int, **more: Any) -> dict[str, Any]:
+    return {"backend": backend, "bits": bits, **more}
+
+
+QUANTISERS = Table(
+    "precision",
+    (
+        Row(
+            "no_change",
+            "simpletuner.precision.formats:unchanged",
+            "As the checkpoint is opened: base_model_default_dtype.",
+            facts=_facts("none", 0),
+        ),
+        Row(
+            "int8-quanto",
+            "simpletuner.precision.formats:int8_quanto",
+            "8 bits by optimum-quanto: half the memory of bf16 and hardly another model.",
+            needs="train",
+            # torch's int8 kernel for bf16 on a CPU reads past tensors that are not aligned.
+            facts=_facts("optimum-quanto", 8, whole_numbers_on_cpu="fp32"),
+        ),
+        Row(
+            "int4-quanto",
+            "simpletuner.precision.formats:int4_quanto",
+            "4 bits by optimum-quanto: a quarter of bf16, with some loss. The first use compiles"
+            " its kernels for a minute or so.",
+            needs="train",
+            facts=_facts("optimum-quanto", 4),
+        ),
+        Row(
+            "int2-quanto",
+            "simpletuner.precision.formats:int2_quanto",
+            "2 bits by optimum-quanto: an eighth of bf16, and another model.",
+            needs="train",
+            facts=_facts("optimum-quanto", 2),
+        ),
+        Row(
+            "fp8-quanto",
+            "simpletuner.precision.formats:fp8_quanto",
+            "8-bit floats (e4m3) by optimum-quanto: half of bf16; coarser than int8-quanto.",
+            needs="train",
+            facts=_facts("optimum-quanto", 8, not_on={"mps": "int8-quanto"}),
+        ),
+        Row(
+            "nf4-bnb",
+            "simpletuner.precision.formats:nf4_bnb",
+            "4 bits by bitsandbytes, spaced for normally distributed weights (NF4, with doubly"
+            " quantised scales): a quarter of bf16.",
+            needs="bnb",
+            facts=_facts("bitsandbytes", 4, not_on={"mps": "int4-quanto"}),
+        ),
+        Row(
+            "int8-torchao",
+            "simpletuner.precision.formats:int8_torchao",
+            "8 bits by torchao: half the memory of bf16.",
+            needs="torchao",
+            facts=_facts("torchao", 8),
+        ),
+        Row(
+            "fp8-torchao",
+            "simpletuner.precision.formats:fp8_torchao",
+            "8-bit floats (e4m3) by torchao: half the memory of bf16.",
+            needs="torchao",
+            facts=_facts("torchao", 8, not_on={"mps": "int8-torchao"}),
+        ),
+    ),
+)
+
+
+def quantised_in(name: str, device: str, dtype: str) -> str | None:
+    """Why weights cannot be held in this format there; None if they can.
+
+    Args:
+        name: A row of QUANTISERS.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        dtype: What the model computes in: ``fp32``, ``bf16`` or ``fp16``.
+    """
+    row = QUANTISERS[name]
+    instead = row.fact("not_on", {}).get(device)
+    if instead is not None:
+        return f"{name} does not work on this machine ({device}); take {instead}"
+    only = row.fact("whole_numbers_on_cpu")
+    if device == "cpu" and only and dtype != only:
+        return (
+            f"{name} on a CPU computes wrong numbers, or crashes, in {dtype}; set mixed_precision"
+            " to no, or take int8-torchao"
+        )
+    return None

@@ -1,0 +1,173 @@
+"""Frozen weights in fewer bits: how far they are off, what stays exact, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, T5EncoderModel
+
+from simpletuner.core.errors import ConfigError
+from simpletuner.precision.quantise import quantise, weight_bytes
+from simpletuner.precision.quantisers import QUANTISERS, quantised_in
+
+CPU = torch.device("cpu")
+FORMATS = [name for name in QUANTISERS if name != "no_change"]
+
+WORST = {
+    "int8-quanto": 0.01,
+    "int4-quanto": 0.2,
+    "int2-quanto": 0.8,
+    "fp8-quanto": 0.05,
+    "nf4-bnb": 0.15,
+    "int8-torchao": 0.01,
+    "fp8-torchao": 0.05,
+}
+"""The largest relative error of a product with Gaussian weights: about the format's step."""
+
+
+def unet(folder: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False)
+
+
+class Block(nn.Module):
+    """A block with two layers, one of which no kernel could take."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.wide = nn.Linear(width, 2 * width)
+        self.odd = nn.Linear(2 * width, 24)
+
+
+class Model(nn.Module):
+    """One block between layers that are outside of it."""
+
+    _repeated_blocks = ("Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(32, 64)
+        self.block = Block()
+        self.after = nn.Linear(24, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.block.odd(self.block.wide(self.before(x))))
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_product_is_off_by_no_more_than_the_format_s_step(name: str) -> None:
+    quantised = model()
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+    exact = quantised.block.wide(x)
+
+    quantise(quantised, "model", name, CPU, via="cpu")
+
+    error = (quantised.block.wide(x) - exact).norm() / exact.norm()
+    assert 1e-4 < error < WORST[name]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_only_layers_of_blocks_whose_sides_fit_are_converted(name: str) -> None:
+    quantised, exact = model(), model()
+
+    told = quantise(quantised, "model", name, CPU, via="accelerator")
+
+    assert told.layers == 1
+    assert told.kept == {"for a side that is no multiple of 16": 1}
+    for path in ("before", "block.odd", "after"):
+        kept, was = quantised.get_submodule(path), exact.get_submodule(path)
+        assert type(kept) is nn.Linear
+        assert torch.equal(kept.weight, was.weight)
+    assert not any(p.requires_grad for p in quantised.parameters())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_gradients_flow_through_to_what_comes_before(name: str) -> None:
+    quantised = model()
+    quantise(quantised, "model", name, CPU, via="cpu")
+    x = torch.randn(2, 32, requires_grad=True)
+
+    quantised(x).square().sum().backward()
+
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_it_says_it_saves_is_what_the_format_takes(name: str) -> None:
+    torch.manual_seed(0)
+    block = nn.ModuleList([Block(1024)])
+    block._repeated_blocks = ("Block",)
+    told = quantise(block.requires_grad_(False), "model", name, CPU, via="cpu")
+
+    elements = 1024 * 2048
+    saved = 4 * elements - (told.before - told.after)
+    bits = QUANTISERS[name].fact("bits")
+    # Scales and codes come on top: a 32-bit one for each 64 weights at most.
+    assert elements * bits / 8 <= saved <= elements * (bits + 1) / 8 + 4096
+
+
+def test_the_blocks_are_what_each_model_s_class_calls_so(tiny_sdxl: Path, tiny_sd3: Path) -> None:
+    for opened, inside, outside in (
+        (unet(tiny_sdxl), "attn1.to_q", "time_embedding.linear_1"),
+        (
+            SD3Transformer2DModel.from_pretrained(tiny_sd3, subfolder="transformer"),
+            "transformer_blocks.0.attn.to_q",
+            "context_embedder",
+        ),
+        (
+            CLIPTextModel.from_pretrained(tiny_sdxl, subfolder="text_encoder"),
+            "layers.0.self_attn.q_proj",
+            "",
+        ),
+        (
+            T5EncoderModel.from_pretrained(tiny_sd3, subfolder="text_encoder_3"),
+            "SelfAttention.q",
+            "DenseReluDense.wo",
+        ),
+    ):
+        opened.requires_grad_(False)
+        told = quantise(opened, "part", "int8-quanto", CPU, via="cpu")
+        kinds = {name: type(module).__name__ for name, module in opened.named_modules()}
+        assert told.layers > 0
+        assert "QLinear" in {kind for name, kind in kinds.items() if name.endswith(inside)}
+        if outside:
+            assert {kind for name, kind in kinds.items() if name.endswith(outside)} == {"Linear"}
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no layers that int8-quanto could hold"):
+        quantise(nn.Linear(64, 64), "model", "int8-quanto", CPU, via="cpu")
+
+
+def test_no_change_changes_nothing(tiny_sdxl: Path) -> None:
+    opened = unet(tiny_sdxl)
+    told = quantise(opened, "unet", "no_change", CPU, via="cpu")
+    assert told.layers == 0
+    assert told.before == told.after == weight_bytes(opened)
+    assert told.before == sum(p.numel() * 4 for p in opened.parameters())
+
+
+def test_int8_in_bf16_on_a_cpu_is_refused() -> None:
+    half = model().to(torch.bfloat16)
+    with pytest.raises(ConfigError, match="set mixed_precision to no"):
+        quantise(half, "model", "int8-quanto", CPU, via="cpu")
+
+
+def test_what_does_not_work_on_a_device_names_what_does() -> None:
+    for name in FORMATS:
+        for device in ("cpu", "cuda", "mps"):
+            why = quantised_in(name, device, "fp32")
+            instead = QUANTISERS[name].fact("not_on", {}).get(device)
+            assert (why is None) == (instead is None)
+            if instead is not None:
+                assert instead in str(why)
+                assert quantised_in(instead, device, "fp32") is None
