@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from simpletuner.core.files import content_digest, read_json
+from simpletuner.models.original import OriginalNames
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,10 @@ class Family(ABC):
     """How each kept output is batched: ``stack``."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Module names that carry an adapter unless the user names others."""
+    original: ClassVar[OriginalNames]
+    """The denoiser's modules in the model's original release."""
+    kohya_names: ClassVar[str] = "original"
+    """Whose names kohya's layout makes flat: ``original`` or ``diffusers``."""
 
     checkpoint: Checkpoint
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -31,6 +31,16 @@ COMMANDS = Table(
         Row("data", "simpletuner.apps.cli.data:run", "show what would be trained on"),
         Row("cache", "simpletuner.apps.cli.cache:run", "fill, count, check and clear the caches"),
         Row("train", "simpletuner.apps.cli.train:run", "train a model"),
+        Row(
+            "export",
+            "simpletuner.apps.cli.convert_lora:run_export",
+            "write a run's LoRA in another tool's layout",
+        ),
+        Row(
+            "convert-lora",
+            "simpletuner.apps.cli.convert_lora:run",
+            "write any LoRA in another tool's layout",
+        ),
         Row("options", "simpletuner.apps.cli.options:run", "explain the settings"),
     ),
 )

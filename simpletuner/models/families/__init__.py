@@ -49,6 +49,7 @@ def _facts(family: type[Family]) -> dict[str, Any]:
         "own_settings": family.own_settings,
         "alignment": family.alignment,
         "most_tokens": family.most_tokens,
+        "architecture": family.architecture,
     }
 
 

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.errors import ModelError
 from simpletuner.models.family import Family, Flavour
+from simpletuner.models.original import OriginalNames, Place, fused
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from simpletuner.core.types import Batch, Draw, Embeds, Place
     from simpletuner.models.family import Shrink
+
+
+def _original_names() -> Iterator[tuple[str, Place]]:
+    """The modules of Stability's own release.
+
+    norm1_context has no row: in the last block its halves stand in the other order, and a name does
+    not tell which block is the last.
+    """
+    block, streams = "transformer_blocks.{i}", "joint_blocks.{i}"
+    for attention, whose, names in (
+        ("attn", "x_block", ("to_q", "to_k", "to_v", "to_out.0")),
+        ("attn2", "x_block", ("to_q", "to_k", "to_v", "to_out.0")),
+        ("attn", "context_block", ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    ):
+        there = f"{streams}.{whose}.{attention}"
+        yield from fused([f"{block}.{attention}.{name}" for name in names[:3]], f"{there}.qkv")
+        yield f"{block}.{attention}.{names[3]}", Place(f"{there}.proj")
+    for ours, whose in (("ff", "x_block"), ("ff_context", "context_block")):
+        yield f"{block}.{ours}.net.0.proj", Place(f"{streams}.{whose}.mlp.fc1")
+        yield f"{block}.{ours}.net.2", Place(f"{streams}.{whose}.mlp.fc2")
+    yield f"{block}.norm1.linear", Place(f"{streams}.x_block.adaLN_modulation.1")
+    for ours, original in (("timestep", "t_embedder"), ("text", "y_embedder")):
+        for n, place in ((1, 0), (2, 2)):
+            name = f"time_text_embed.{ours}_embedder.linear_{n}"
+            yield name, Place(f"{original}.mlp.{place}")
+    yield "pos_embed.proj", Place("x_embedder.proj")
+    yield "context_embedder", Place("context_embedder")
+    yield "norm_out.linear", Place("final_layer.adaLN_modulation.1", swapped=True)
+    yield "proj_out", Place("final_layer.linear")
 
 
 class SD3(Family):
@@ -58,6 +88,7 @@ class SD3(Family):
     text_outputs = ("prompt_embeds", None, "pooled_prompt_embeds", None)
     layouts = MappingProxyType({"prompt_embeds": "stack", "pooled_prompt_embeds": "stack"})
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+    original = OriginalNames(_original_names())
 
     @property
     def text_options(self) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.types import to_device
 from simpletuner.models.family import Family, Flavour
+from simpletuner.models.original import unet_names
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,6 +47,7 @@ class SDXL(Family):
     text_outputs = ("prompt_embeds", None, "pooled_prompt_embeds", None)
     layouts = MappingProxyType({"prompt_embeds": "stack", "pooled_prompt_embeds": "stack"})
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+    original = unet_names((True, True, False))
 
     def predict(
         self,
