@@ -18,7 +18,7 @@ from simpletuner.data.pixels import PictureError
 
 if TYPE_CHECKING:
     from simpletuner.cache.latents import LatentCache
-    from simpletuner.cache.text import TextCache
+    from simpletuner.cache.text import TextCaches
     from simpletuner.core.seeds import Seeds
     from simpletuner.core.types import Embeds, PlannedBatch, Sample
     from simpletuner.data.source import DataSource
@@ -29,12 +29,12 @@ class Caches:
     """Everything a batch is read from.
 
     Args:
-        sources: The datasets, in the plan's order.
+        sources: The datasets, in the plan's order, then those that it does not draw from.
     """
 
     sources: tuple[DataSource, ...]
     latents: LatentCache
-    text: TextCache
+    text: TextCaches
     seeds: Seeds
 
     def batch(self, planned: PlannedBatch) -> Batch:
@@ -47,14 +47,14 @@ class Caches:
         latents = self.latents.latents(source, samples, planned.epoch)
         return Batch(
             latents=latents,
-            embeds=self.embeds([sample.caption for sample in samples]),
+            embeds=self.text.of(source.id).embeds([sample.caption for sample in samples]),
             samples=samples,
             mask=masks(source, planned.rows, samples, latents.shape[-2:]),
         )
 
     def embeds(self, captions: Sequence[str]) -> Embeds:
-        """The conditioning of captions that were prepared, [B, …]."""
-        return self.text.embeds(captions)
+        """The conditioning of prompts that were prepared, [B, …]."""
+        return self.text.default.embeds(captions)
 
     def open_vae(self) -> Any:
         """The VAE that latents were made with."""

@@ -163,3 +163,40 @@ class TextCache:
 
     def _key(self, caption: str) -> bytes:
         return text_key(caption, model=self._model, dtype=self._numbers)
+
+
+class TextCaches:
+    """Where each dataset's captions are kept.
+
+    Args:
+        default: For those that name no other, and for prompts.
+        own: By the id of the dataset; several may share one.
+    """
+
+    def __init__(self, default: TextCache, own: Mapping[str, TextCache]) -> None:
+        self.default, self._own = default, own
+
+    @property
+    def all(self) -> list[TextCache]:
+        """Each of them once."""
+        return list(dict.fromkeys([self.default, *self._own.values()]))
+
+    def of(self, dataset: str) -> TextCache:
+        """The one of a dataset."""
+        return self._own.get(dataset, self.default)
+
+    def prepare(
+        self, captions: Mapping[str, Iterable[str]], prompts: Iterable[str], bus: Bus
+    ) -> None:
+        """Encode what is missing; see `TextCache.prepare`.
+
+        Args:
+            captions: By the id of their dataset.
+            prompts: Of validation.
+            bus: Told of progress.
+        """
+        for cache in self.all:
+            own = {f"dataset {n}": each for n, each in captions.items() if self.of(n) is cache}
+            if cache is self.default:
+                own["validation prompts"] = prompts
+            cache.prepare(own, bus)

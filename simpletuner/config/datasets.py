@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from simpletuner.cache.settings import CacheSettings
 from simpletuner.config.caption_filters import read_filters
 from simpletuner.config.conditioning import Read, idle_keys, mask_of, unfit
+from simpletuner.config.embeds import (
+    TextRead,
+    default_text_embeds,
+    idle,
+    misnamed,
+    two_defaults,
+)
 from simpletuner.config.flat import (
     Setting,
     build_section,
@@ -27,12 +35,13 @@ from simpletuner.config.source import Given, read_text, shown
 from simpletuner.config.values import read_value
 from simpletuner.core.errors import ConfigError, Problem
 from simpletuner.core.section import inner_section
-from simpletuner.data.draw_settings import gaps
+from simpletuner.data.draw_settings import DatasetDrawSettings, gaps
 from simpletuner.data.settings import (
     Datasets,
     DatasetSettings,
     DataSettings,
     EntrySettings,
+    ImageEmbedsSettings,
     TextEmbedsSettings,
     contradictions,
     each_resolution,
@@ -44,6 +53,17 @@ from simpletuner.data.table_settings import reads_table
 
 PICTURES = settings_of(DatasetSettings)
 TEXT_EMBEDS = settings_of(TextEmbedsSettings)
+IMAGE_EMBEDS = settings_of(ImageEmbedsSettings)
+
+_CACHES: Mapping[str, type[EntrySettings]] = MappingProxyType(
+    {"text_embeds": TextEmbedsSettings, "image_embeds": ImageEmbedsSettings}
+)
+"""The dataset_types that hold no pictures."""
+
+_DRAWN = frozenset(
+    {*DatasetDrawSettings.model_fields, "is_regularisation_data"} - {"max_num_samples"}
+)
+"""What is said of pictures that are drawn to be trained on."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +102,7 @@ class DatasetsFile:
         name: What messages call it.
         pictures: The entries that are trained on.
         training: The same, one for each resolution of a list.
+        evaluation: Those that are never trained on, likewise.
         masks: By the id of one of `training`.
     """
 
@@ -89,9 +110,11 @@ class DatasetsFile:
     name: str
     pictures: list[Read] = field(default_factory=list)
     training: list[DatasetSettings] = field(default_factory=list)
+    evaluation: list[DatasetSettings] = field(default_factory=list)
     conditioning: list[Read] = field(default_factory=list)
     masks: dict[str, DatasetSettings] = field(default_factory=dict)
-    text_embeds: list[tuple[TextEmbedsSettings, Mapping[str, Given]]] = field(default_factory=list)
+    text_embeds: list[TextRead] = field(default_factory=list)
+    image_embeds: dict[str, ImageEmbedsSettings] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     pending: list[Problem] = field(default_factory=list)
@@ -128,12 +151,15 @@ def read_datasets(path: Path, around: Surroundings) -> tuple[DatasetsFile, Datas
     if not found.problems and not found.training:
         off = " that is not disabled" if len(enabled) < len(entries) else ""
         found.problem(f"no dataset of pictures{off}; one entry needs an instance_data_dir")
-    text_embeds = _choose_text_embeds(found, around)
-    _check_folders(found, text_embeds)
+    text_embeds, captions = _choose_text_embeds(found, around)
+    _check_folders(found, [text_embeds, *captions.values()])
     if found.problems:
         return found, None
-    training = tuple(inherit_filters(entry, text_embeds) for entry in found.training)
-    return found, Datasets(training, text_embeds, found.masks)
+    training, evaluation = (
+        tuple(inherit_filters(entry, captions.get(entry.id, text_embeds)) for entry in entries)
+        for entries in (found.training, found.evaluation)
+    )
+    return found, Datasets(training, text_embeds, found.masks, evaluation, captions)
 
 
 def _entries(tree: Any, name: str) -> Iterator[Entry]:
@@ -163,7 +189,7 @@ def _value_of(entry: Entry, key: str) -> Any:
     return read_value(named[key], EVERY_KEY[key].kind)[0]
 
 
-EVERY_KEY: Mapping[str, Setting] = {**TEXT_EMBEDS, **PICTURES}
+EVERY_KEY: Mapping[str, Setting] = {**TEXT_EMBEDS, **IMAGE_EMBEDS, **PICTURES}
 """The keys of any entry."""
 
 
@@ -172,13 +198,14 @@ def _is_disabled(entry: Entry) -> bool:
 
 
 def _is_primary(entry: Entry) -> bool:
-    return not _value_of(entry, "conditioning_type")
+    keeps = _value_of(entry, "dataset_type") in _CACHES
+    return not keeps and not _value_of(entry, "conditioning_type")
 
 
 def _read_entry(entry: Entry, found: DatasetsFile, around: Surroundings) -> None:
     """Add what one entry says to `found`."""
-    for_text = _value_of(entry, "dataset_type") == "text_embeds"
-    known = TEXT_EMBEDS if for_text else PICTURES
+    section = _CACHES.get(str(_value_of(entry, "dataset_type")), DatasetSettings)
+    known = settings_of(section)
     given = by_name(entry.given, known, found.problems, DATASET_RENAMES)
     found.problems += [
         item.problem(f"looks like an access token; {SECRET}")
@@ -190,7 +217,6 @@ def _read_entry(entry: Entry, found: DatasetsFile, around: Surroundings) -> None
     if around.model_family:
         names["model_family"] = around.model_family
     _fill(values, given, known, names, found, around)
-    section: type[EntrySettings] = TextEmbedsSettings if for_text else DatasetSettings
     built, problems = build_section(section, values, given)
     found.problems += [_placed(problem, entry, found.name) for problem in problems]
     found.pending += waiting([built], given)
@@ -201,9 +227,11 @@ def _read_entry(entry: Entry, found: DatasetsFile, around: Surroundings) -> None
         found.problems += wrong
     if isinstance(built, TextEmbedsSettings):
         found.text_embeds.append((built, given))
+    elif isinstance(built, ImageEmbedsSettings):
+        found.image_embeds[built.id] = built
     elif isinstance(built, DatasetSettings) and built.role == "conditioning":
         _add_conditioning(built, given, values, found, around)
-    elif isinstance(built, DatasetSettings) and built.role == "image":
+    elif isinstance(built, DatasetSettings):
         _add_pictures(built, entry, given, found, around)
 
 
@@ -248,10 +276,12 @@ def _add_pictures(
 ) -> None:
     """Add one set of pictures, with what it inherits."""
     cache = around.cache
+    kept = found.image_embeds.get(built.image_embeds or "")
+    root = kept.cache_dir if kept else None
     dataset = inherit(
         built,
         around.data,
-        vae_root=cache.vae_root(around.output_dir, around.model_family),
+        vae_root=root or cache.vae_root(around.output_dir, around.model_family),
         vae_cache_ondemand=cache.vae_cache_ondemand,
         vae_cache_disable=cache.vae_cache_disable,
         vae_batch_size=cache.vae_batch_size,
@@ -269,7 +299,15 @@ def _add_pictures(
     _note_missing_folder(dataset, found, around)
     _note_other_captions(built, dataset, found, around)
     found.pictures.append(Read(dataset, given))
-    found.training += sizes
+    if built.role == "eval":
+        found.evaluation += sizes
+        if drawn := sorted(_DRAWN & given.keys()):
+            what = "changes" if len(drawn) == 1 else "change"
+            found.notes.append(
+                f"dataset {built.id}: {', '.join(drawn)} {what} nothing, for it is never trained on"
+            )
+    else:
+        found.training += sizes
     if (mask := mask_of(built, found.conditioning)) is not None:
         found.masks |= {each.id: mask for each in sizes}
 
@@ -334,9 +372,9 @@ def _check_ids(entries: Iterable[Entry], found: DatasetsFile) -> None:
 def _check_sizes(entries: Iterable[Entry], found: DatasetsFile) -> None:
     """No dataset that stands for one of several resolutions has the id of another."""
     given = Counter(_value_of(entry, "id") for entry in entries)
-    made = Counter(dataset.id for dataset in found.training)
+    made = Counter(dataset.id for dataset in (*found.training, *found.evaluation))
     made.update(text.id for text, _ in found.text_embeds)
-    made.update(each.id for each in found.conditioning)
+    made.update([*found.image_embeds, *(each.id for each in found.conditioning)])
     for name, count in made.items():
         if count > max(given[name], 1):
             found.problem(
@@ -365,33 +403,32 @@ def check_draws(found: DatasetsFile, *, epochs: int, steps: int) -> None:
         found.problem(message, key=key)
 
 
-def _choose_text_embeds(found: DatasetsFile, around: Surroundings) -> TextEmbedsSettings:
-    """The entry that says ``default: true``, else the first, else one with defaults."""
-    chosen = [(e, given) for e, given in found.text_embeds if "default" in given and e.default]
-    for _, given in chosen[1:]:
-        first = chosen[0][1]["default"]
-        found.problems.append(given["default"].problem(f"is true on {first.place} already"))
-    candidates = chosen or found.text_embeds
-    entry = candidates[0][0] if candidates else TextEmbedsSettings(id="text-embeds")
-    found.notes += [
-        f"text_embeds entry {other.id} is not used; {entry.id} keeps all captions"
-        for other, _ in found.text_embeds
-        if other is not entry and len(chosen) < 2
-    ]
-    return inherit_text_embeds(
-        entry,
-        text_root=around.cache.text_root(around.output_dir, around.model_family),
-        text_encoder_batch_size=around.cache.text_encoder_batch_size,
-        write_batch_size=around.cache.write_batch_size,
-    )
+def _choose_text_embeds(
+    found: DatasetsFile, around: Surroundings
+) -> tuple[TextEmbedsSettings, dict[str, TextEmbedsSettings]]:
+    """Where captions are kept, and where those of datasets that name an entry, by their ids."""
+    entries = (found.pictures, found.text_embeds, found.image_embeds)
+    found.problems += [*two_defaults(found.text_embeds), *misnamed(*entries)]
+    found.notes += idle(*entries)
+
+    def inherited(entry: TextEmbedsSettings) -> TextEmbedsSettings:
+        return inherit_text_embeds(
+            entry,
+            text_root=around.cache.text_root(around.output_dir, around.model_family),
+            text_encoder_batch_size=around.cache.text_encoder_batch_size,
+            write_batch_size=around.cache.write_batch_size,
+        )
+
+    known = {entry.id: inherited(entry) for entry, _ in found.text_embeds}
+    sets = (*found.training, *found.evaluation)
+    own = {each.id: known[each.text_embeds] for each in sets if each.text_embeds in known}
+    return inherited(default_text_embeds(found.text_embeds)), own
 
 
-def _check_folders(found: DatasetsFile, text_embeds: TextEmbedsSettings) -> None:
-    """No two caches share a folder."""
-    owners: dict[Path, str] = {}
-    if text_embeds.cache_dir is not None:
-        owners[text_embeds.cache_dir] = text_embeds.id
-    for dataset in found.training:
+def _check_folders(found: DatasetsFile, text_embeds: Sequence[TextEmbedsSettings]) -> None:
+    """No two caches share a folder, but for those of captions."""
+    owners = {each.cache_dir: each.id for each in text_embeds if each.cache_dir is not None}
+    for dataset in (*found.training, *found.evaluation):
         if dataset.cache_dir_vae is None:
             continue
         owner = owners.setdefault(dataset.cache_dir_vae, dataset.id)

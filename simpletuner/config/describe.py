@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from simpletuner.config.flat import Setting, settings_of
 from simpletuner.core.section import inner_section
 from simpletuner.core.table import Table
-from simpletuner.data.settings import DatasetSettings, TextEmbedsSettings
+from simpletuner.data.settings import DatasetSettings, ImageEmbedsSettings, TextEmbedsSettings
 
 _LIMITS = MappingProxyType(
     {
@@ -130,7 +130,8 @@ def table_rows(row: Described) -> Iterator[tuple[str, str]]:
 
 def dataset_settings() -> dict[str, Setting]:
     """The keys of an entry of ``multidatabackend.json``, pictures' first."""
-    return with_inner({**settings_of(TextEmbedsSettings), **settings_of(DatasetSettings)})
+    keeping = {**settings_of(ImageEmbedsSettings), **settings_of(TextEmbedsSettings)}
+    return with_inner({**keeping, **settings_of(DatasetSettings)})
 
 
 def with_inner(settings: Mapping[str, Setting]) -> dict[str, Setting]:

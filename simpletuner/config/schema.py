@@ -11,7 +11,12 @@ from simpletuner.config.flat import SETTINGS, Setting, settings_of
 from simpletuner.config.renames import DATASET_RENAMES, RENAMES
 from simpletuner.config.values import Kind
 from simpletuner.core.section import inner_section
-from simpletuner.data.settings import DatasetSettings, EntrySettings, TextEmbedsSettings
+from simpletuner.data.settings import (
+    DatasetSettings,
+    EntrySettings,
+    ImageEmbedsSettings,
+    TextEmbedsSettings,
+)
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _LIMITS = MappingProxyType(
@@ -53,19 +58,25 @@ def datasets_schema() -> dict[str, Any]:
         "title": "SimpleTuner datasets",
         "type": "array",
         "minItems": 1,
-        "items": {
-            "if": {
-                "properties": {"dataset_type": {"const": "text_embeds"}},
-                "required": ["dataset_type"],
-            },
-            "then": _shared("text_embeds"),
-            "else": _shared("pictures"),
-        },
+        "items": _one_of("text_embeds", _one_of("image_embeds", _shared("pictures"))),
         "$defs": {
             **_SHARED,
             "pictures": _entry(DatasetSettings),
             "text_embeds": _entry(TextEmbedsSettings),
+            "image_embeds": _entry(ImageEmbedsSettings),
         },
+    }
+
+
+def _one_of(dataset_type: str, other: dict[str, Any]) -> dict[str, Any]:
+    """The schema of an entry of that type, else `other`."""
+    return {
+        "if": {
+            "properties": {"dataset_type": {"const": dataset_type}},
+            "required": ["dataset_type"],
+        },
+        "then": _shared(dataset_type),
+        "else": other,
     }
 
 

@@ -12,7 +12,7 @@ from simpletuner.data.source import DataSource
 def open_sources(
     datasets: Datasets, *, index_folder: Path, train_batch_size: int, bus: Bus
 ) -> list[DataSource]:
-    """What is trained on, in the order of the datasets file.
+    """All sets of pictures: what is trained on, in the order of the datasets file, then the rest.
 
     Args:
         datasets: The entries, inherited values filled in.
@@ -21,7 +21,7 @@ def open_sources(
         bus: Told of progress and of what is left out.
 
     Raises:
-        DataError: One of them cannot be trained on.
+        DataError: One of them cannot be used.
     """
     return [
         DataSource.open(
@@ -31,5 +31,5 @@ def open_sources(
             masks=datasets.masks.get(entry.id),
             bus=bus,
         )
-        for entry in datasets.training
+        for entry in datasets.pictures
     ]

@@ -36,6 +36,7 @@ class DatasetReport:
 
     Args:
         id: Its name.
+        trained: It is trained on; false for one that is kept to measure by.
         found: Pictures in its folder.
         usable: Those that are trained on.
         excluded: Why the others are not, each reason once.
@@ -45,6 +46,7 @@ class DatasetReport:
     """
 
     id: str
+    trained: bool
     found: int
     usable: int
     excluded: tuple[Excluded, ...]
@@ -63,13 +65,15 @@ class DatasetReport:
         sizes, number = group(source.buckets)
         counts = np.bincount(number, minlength=len(sizes))
         order = np.argsort(-counts, kind="stable").tolist()
-        passes = source.repeats + 1
+        trained = source.settings.role != "eval"
+        passes = source.repeats + 1 if trained else 0
         buckets = (
             Bucket(int(sizes[i, 0]), int(sizes[i, 1]), int(counts[i]), int(counts[i]) * passes)
             for i in order
         )
         return cls(
             id=source.id,
+            trained=trained,
             found=source.found,
             usable=len(source),
             excluded=source.excluded(),
@@ -112,7 +116,8 @@ class DataReport:
 
 
 def _lines(report: DatasetReport, most: int) -> list[str]:
-    lines = [f"dataset {report.id}: {report.usable:,} of {report.found:,} pictures are used"]
+    use = "used" if report.trained else "kept to measure by, which this version does not do yet"
+    lines = [f"dataset {report.id}: {report.usable:,} of {report.found:,} pictures are {use}"]
     for excluded in report.excluded[:most]:
         lines.append(
             f"  left out {excluded.count:>7,}  {excluded.reason}, such as {excluded.example}"
@@ -122,9 +127,8 @@ def _lines(report: DatasetReport, most: int) -> list[str]:
         lines.append(f"  left out {rest:>7,}  for {len(report.excluded) - most} more reasons")
     for bucket in report.buckets[:most]:
         size = f"{bucket.width}x{bucket.height}"
-        lines.append(
-            f"  {size:>11}  {bucket.pictures:>7,} pictures  {bucket.samples:>7,} samples an epoch"
-        )
+        samples = f"  {bucket.samples:>7,} samples an epoch" if report.trained else ""
+        lines.append(f"  {size:>11}  {bucket.pictures:>7,} pictures{samples}")
     if len(report.buckets) > most:
         rest = sum(bucket.pictures for bucket in report.buckets[most:])
         lines.append(f"  {len(report.buckets) - most} more sizes  {rest:,} pictures")

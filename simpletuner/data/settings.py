@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from simpletuner.core.files import safe_name
 from simpletuner.core.section import Section, setting
@@ -35,15 +35,24 @@ Storage = Literal["local", "aws", "csv", "huggingface", "webshart"]
 DatasetId = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")]
 
 
+def _nothing_is_skipped(value: object) -> object:
+    if isinstance(value, str) and not value.strip(" ,"):
+        return ""
+    raise ValueError("is not needed: a start looks at what changed and at nothing else; remove it")
+
+
+Nothing = Annotated[Literal[""], BeforeValidator(_nothing_is_skipped)]
+"""A setting that SimpleTuner's files hold empty, and that has nothing to do here."""
+
+
 class PictureSettings(SizeSettings, CaptionSettings, LearningSettings):
     """What may be said once for all datasets and again for each of them."""
 
     image_background: str = setting("#ffffff", pattern=r"^#[0-9a-fA-F]{6}$")
     """The colour that shows through transparent pictures, as #rrggbb."""
 
-    skip_file_discovery: str = setting("", pending=True)
-    """Start-up stages that are not repeated (vae, aspect, metadata, text), with commas between;
-    unchanged files are never read twice anyway."""
+    skip_file_discovery: Nothing = setting("")
+    """Start-up stages to leave out: none, for a start looks at what changed and at nothing else."""
 
     allow_excluded: bool = setting(False)
     """Train although more than 5 % of a dataset (and more than two pictures) is left out."""
@@ -103,11 +112,9 @@ class DatasetSettings(
 ):
     """One set of pictures: an entry of the datasets file."""
 
-    dataset_type: Literal["image", "conditioning", "eval", "image_embeds"] = setting(
-        "image", pending=("eval", "image_embeds")
-    )
-    """What the dataset is for: image is trained on; conditioning, which conditioning_type implies,
-    goes with the pictures of another."""
+    dataset_type: Literal["image", "conditioning", "eval"] = setting("image")
+    """What the dataset is for: image is trained on; eval is never trained on, but kept to measure
+    by; conditioning, which conditioning_type implies, goes with the pictures of another."""
 
     instance_data_dir: Path | None = setting(None, path=True)
     """The folder with the pictures, searched with all folders in it; never written to."""
@@ -128,11 +135,13 @@ class DatasetSettings(
     write_batch_size: int = setting(128, ge=1, unit="entries")
     """Entries handed to the disk at once."""
 
-    text_embeds: str | None = setting(None, pending=True)
-    """The id of the text_embeds entry that keeps this dataset's captions."""
+    text_embeds: str | None = setting(None)
+    """The id of the text_embeds entry that keeps this dataset's captions; without it, the default
+    one."""
 
-    image_embeds: str | None = setting(None, pending=True)
-    """The id of the image_embeds entry that keeps this dataset's encoded pictures."""
+    image_embeds: str | None = setting(None)
+    """The id of the image_embeds entry in whose folder this dataset's encoded pictures are kept,
+    unless cache_dir_vae names one."""
 
     scan_for_errors: bool = setting(False)
     """Read every encoded picture when the run starts; one that is damaged is encoded again. What a
@@ -167,10 +176,10 @@ class DatasetSettings(
 
     @model_validator(mode="after")
     def _has_pictures(self) -> DatasetSettings:
-        at_hand = self.type == "local" and self.role in ("image", "conditioning")
+        at_hand = self.type == "local"
         if "repeats" in self.model_fields_set and self.dataset_repeat is not None:
             raise ValueError("repeats and dataset_repeat say the same; keep one of the two")
-        listed = self.role == "image" and self.dataset_metadata_path is not None
+        listed = self.role != "conditioning" and self.dataset_metadata_path is not None
         if at_hand and self.instance_data_dir is None and not listed:
             raise ValueError("instance_data_dir is missing: name the folder with the pictures")
         if self.role == "conditioning" and self.conditioning_type is None:
@@ -185,6 +194,17 @@ class DatasetSettings(
     def role(self) -> str:
         """The dataset_type; a conditioning_type makes it conditioning."""
         return "conditioning" if self.conditioning_type else self.dataset_type
+
+
+class ImageEmbedsSettings(EntrySettings):
+    """Where encoded pictures are kept: an image_embeds entry of the datasets file."""
+
+    dataset_type: Literal["image_embeds"] = setting("image_embeds")
+    """What the entry is for."""
+
+    cache_dir: Path | None = setting(None, path=True)
+    """The folder that holds a folder of encoded pictures for each dataset that names this entry;
+    without it, the settings file's."""
 
 
 class TextEmbedsSettings(EntrySettings):
@@ -205,8 +225,8 @@ class TextEmbedsSettings(EntrySettings):
     text_encoder_batch_size: int = setting(1, ge=1, unit="captions")
     """Captions encoded at once."""
 
-    skip_file_discovery: str = setting("", pending=True)
-    """Start-up stages that are not repeated; what is cached is never encoded twice anyway."""
+    skip_file_discovery: Nothing = setting("")
+    """Start-up stages to leave out: none, for what is cached is never encoded twice."""
 
     text_cache_ondemand: bool = setting(False, pending=True)
     """Encode each caption when training first meets it."""
@@ -226,13 +246,22 @@ class Datasets:
 
     Args:
         training: What is trained on.
-        text_embeds: Where encoded captions are kept.
+        text_embeds: Where encoded captions are kept, those of prompts too.
         masks: The masks of those that have some, by the id of the pictures.
+        evaluation: What is never trained on.
+        captions: Where captions are kept of those that name an entry of their own, by id.
     """
 
     training: tuple[DatasetSettings, ...]
     text_embeds: TextEmbedsSettings
     masks: Mapping[str, DatasetSettings] = field(default_factory=dict)
+    evaluation: tuple[DatasetSettings, ...] = ()
+    captions: Mapping[str, TextEmbedsSettings] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> tuple[DatasetSettings, ...]:
+        """All sets of pictures: those that are trained on, then those that are not."""
+        return (*self.training, *self.evaluation)
 
 
 INHERITED = frozenset(PictureSettings.model_fields)

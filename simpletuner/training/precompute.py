@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from simpletuner.cache.caches import Caches
 from simpletuner.cache.latents import LatentCache, open_stores
 from simpletuner.cache.store import TensorStore
-from simpletuner.cache.text import TextCache
+from simpletuner.cache.text import TextCache, TextCaches
 from simpletuner.cache.upkeep import damaged
 from simpletuner.core.errors import DataError
 from simpletuner.core.types import Place
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from simpletuner.cache.settings import CacheSettings
     from simpletuner.core.events import Bus
     from simpletuner.core.seeds import Seeds
-    from simpletuner.data.settings import TextEmbedsSettings
+    from simpletuner.data.settings import Datasets, TextEmbedsSettings
     from simpletuner.data.source import DataSource
     from simpletuner.models.family import Family
     from simpletuner.precision.quantise import Quantiser
@@ -75,23 +75,26 @@ def _with_whole_masks(source: DataSource, bus: Bus) -> DataSource:
 def open_caches(
     family: Family,
     sources: Sequence[DataSource],
-    text_embeds: TextEmbedsSettings,
+    datasets: Datasets,
     settings: CacheSettings,
     quantiser: Quantiser,
     seeds: Seeds,
     place: Place,
     bus: Bus,
-) -> tuple[TextCache, LatentCache]:
-    """Both caches as they are on the disk; nothing is encoded."""
-    assert text_embeds.cache_dir is not None, "inherited values are filled in"
-    store = TensorStore.open(
-        text_embeds.cache_dir,
-        rank=place.rank,
-        write_batch_size=text_embeds.write_batch_size,
-        bus=bus,
-    )
-    size = text_embeds.text_encoder_batch_size
-    text = TextCache(family, store, place, batch_size=size, encoders=quantiser)
+) -> tuple[TextCaches, LatentCache]:
+    """All caches as they are on the disk; nothing is encoded."""
+
+    def opened(entry: TextEmbedsSettings) -> TextCache:
+        assert entry.cache_dir is not None, "inherited values are filled in"
+        size = entry.write_batch_size
+        store = TensorStore.open(entry.cache_dir, rank=place.rank, write_batch_size=size, bus=bus)
+        together = entry.text_encoder_batch_size
+        return TextCache(family, store, place, batch_size=together, encoders=quantiser)
+
+    entries = {each.id: each for each in (datasets.text_embeds, *datasets.captions.values())}
+    kept = {name: opened(entry) for name, entry in entries.items()}
+    own = {dataset: kept[entry.id] for dataset, entry in datasets.captions.items()}
+    text = TextCaches(kept[datasets.text_embeds.id], own)
     stores = open_stores(sources, rank=place.rank, bus=bus)
     return text, LatentCache(family, stores, settings, vae_place(settings, place), seeds)
 
@@ -100,7 +103,7 @@ def precompute(
     family: Family,
     sources: Sequence[DataSource],
     prompts: Prompts,
-    text_embeds: TextEmbedsSettings,
+    datasets: Datasets,
     settings: CacheSettings,
     quantiser: Quantiser,
     seeds: Seeds,
@@ -109,18 +112,16 @@ def precompute(
 ) -> Caches:
     """Text embeddings, then latents; only what is missing is encoded, and encoders are freed.
 
-    The caches' sources are those to train on: without pictures that could not be decoded, or
-    whose masks could not.
+    The caches' sources are those given, without pictures that could not be decoded, or whose masks
+    could not.
     """
     _fit_the_grid(family, sources)
     _look_for_damage(sources, bus)
-    text, latents = open_caches(
-        family, sources, text_embeds, settings, quantiser, seeds, place, bus
-    )
+    text, latents = open_caches(family, sources, datasets, settings, quantiser, seeds, place, bus)
     while True:
         sources = [_with_whole_masks(source, bus) for source in sources]
-        captions = {f"dataset {source.id}": source.all_captions() for source in sources}
-        text.prepare({**captions, "validation prompts": prompts.captions()}, bus)
+        captions = {source.id: source.all_captions() for source in sources}
+        text.prepare(captions, prompts.captions(), bus)
         sound = latents.prepare(sources, bus)
         if all(new is old for old, new in zip(sources, sound, strict=True)):
             return Caches(sound, latents, text, seeds)

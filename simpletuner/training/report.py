@@ -144,12 +144,13 @@ class Report:
             settings["validation_seed"] = config.runtime.seed
         return {
             "settings": settings,
-            "datasets": [_settings_in_use(entry) for entry in self._datasets.training],
+            "datasets": [_settings_in_use(entry) for entry in self._datasets.pictures],
             "masks": {
                 name: each.model_dump(mode="json", include={"id", "instance_data_dir"})
                 for name, each in self._datasets.masks.items()
             },
             "text_embeds": _settings_in_use(self._datasets.text_embeds),
+            "captions": {name: each.id for name, each in self._datasets.captions.items()},
         }
 
     def finished(self, state: TrainState, file: Path, verified: Verified) -> None:

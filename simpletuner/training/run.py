@@ -103,17 +103,19 @@ def _train(
     root = config.cache.root(folder.root)
     batch = config.schedule.train_batch_size
     found = open_sources(datasets, index_folder=root / "index", train_batch_size=batch, bus=bus)
-    planned = _planned(config, found, seeds, place)  # refused before anything is encoded
+    drawn = len(datasets.training)  # of them; those behind are kept to measure by
+    planned = _planned(config, found[:drawn], seeds, place)  # refused before anything is encoded
     bus.notice("\n".join(DataReport.of(found, planned[0]).lines()))
     family = open_family(config.model, digests=root / "digests.json")
     prompts = Prompts.of(config.validation)
     quantiser = Quantiser(config.precision)
     caches = precompute(
-        family, found, prompts, datasets.text_embeds, config.cache, quantiser, seeds, place, bus
+        family, found, prompts, datasets, config.cache, quantiser, seeds, place, bus
     )
     # 3. the plan: which samples each step sees, and when the run ends
-    same = caches.sources == tuple(found)  # all of it could be encoded
-    plan, timetable = planned if same else _planned(config, caches.sources, seeds, place)
+    sources = caches.sources[:drawn]
+    same = sources == tuple(found[:drawn])  # all of it could be encoded
+    plan, timetable = planned if same else _planned(config, sources, seeds, place)
     # 4. the denoiser with what trains on it
     denoiser = family.open_denoiser(Place(place.device, base_dtype(config.precision)), quantiser)
     seeds.reseed_torch("adapter")
@@ -122,14 +124,14 @@ def _train(
     fit(denoiser, config.precision)
     weights = Weights(trainable, build_optimizer(config.optimizer, trainable.groups(), seeds))
     # 5. where the run stands
-    state = starting_state(config, family, plan, caches.sources, timetable.total_steps, place)
+    state = starting_state(config, family, plan, sources, timetable.total_steps, place)
     report = Report(config, datasets, family, quantiser.told, folder, bus)
     limit = config.schedule.checkpoints_total_limit
     saver = Checkpointer(folder, state, weights, limit, report.metadata, bus)
     resumed = saver.resume(
         config.schedule.resume_from_checkpoint, on_data_change=config.schedule.on_data_change
     )
-    report.started(caches.sources, plan, timetable, state, trainable, place, resumed)
+    report.started(sources, plan, timetable, state, trainable, place, resumed)
     # 6. the loop
     stepper = Stepper.of(
         place, family, weights, config.diffusion, config.optimizer, timetable.total_steps, seeds

@@ -128,11 +128,12 @@ def _reads(module: Module) -> Iterator[str]:
 
 
 def _waits(field: FieldInfo) -> bool:
-    """True if nothing but the field's default is built, so that there is nothing to read."""
+    """True if nothing but the field's default can be used, so that there is nothing to read."""
     pending = hint_of(field).pending
-    if not isinstance(pending, tuple):
-        return pending
-    return len(set(_choices(field.annotation)) - set(pending)) <= 1
+    if pending is True:
+        return True
+    choices = set(_choices(field.annotation))
+    return bool(choices) and len(choices - set(pending or ())) <= 1
 
 
 def _choices(annotation: object) -> Iterator[object]:

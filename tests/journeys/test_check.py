@@ -97,7 +97,7 @@ def test_the_quantised_and_preview_blocks_pass_and_are_named(
 
     facts = check(capsys, "--use_dora=true", "--vae_cache_disable", "--report_to=wandb")
 
-    assert pending(facts) >= {"base_model_precision", "use_dora", "validation_preview", "report_to"}
+    assert pending(facts) >= {"validation_preview", "report_to"}
     assert facts["config"]["optimizer"] == "optimi-lion"
     assert facts["datasets"][0]["vae_cache_disable"] is True
 
@@ -142,7 +142,7 @@ def test_skip_layer_guidance_keeps_its_list(
 
     assert facts["config"]["validation_guidance_skip_layers"] == [7, 8, 9]
     assert facts["config"]["validation_guidance"] == 4.0
-    assert pending(facts) == {"validation_guidance_skip_layers", "base_model_precision"}
+    assert pending(facts) == {"validation_guidance_skip_layers"}
 
 
 def test_the_sd3_shell_block_keeps_both_lines_of_flags(
@@ -163,8 +163,8 @@ def test_the_sd3_shell_block_keeps_both_lines_of_flags(
     assert config["text_encoder_2_precision"] == "no_change"
     assert config["optimizer"] == "adamw_bf16"
     assert config["vae_batch_size"] == 2
-    (quantised,) = [p for p in facts["pending"] if p["key"] == "--base_model_precision"]
-    assert (quantised["file"], quantised["line"]) == ("config/config.env", 11)
+    assert config["mixed_precision"] == "no"
+    assert "mixed_precision is no: int8-quanto computes in fp32 on a CPU" in facts["notes"]
 
 
 def test_the_sd3_stable_and_smallest_values_pass(
@@ -185,8 +185,8 @@ def test_the_sd3_stable_and_smallest_values_pass(
     )
 
     assert stable["config"]["max_grad_norm"] == 0.1
-    assert pending(stable) == {"base_model_precision", "validation_guidance_skip_layers"}
-    assert pending(smallest) == {"base_model_precision", "optimizer", "attention_mechanism"}
+    assert pending(stable) == {"validation_guidance_skip_layers"}
+    assert pending(smallest) == {"optimizer", "attention_mechanism"}
 
 
 @pytest.mark.parametrize("spelling", ["MODEL_TYPE", "--model-type", "Model_Type"])

@@ -165,12 +165,16 @@ def wanted_of(runs: Sequence[Loaded], bus: Bus) -> list[Wanted]:
     keys: dict[Path, set[bytes]] = {}
     for loaded in runs:
         folder = RunFolder(Path(loaded.config.runtime.output_dir))
-        family, sources, prompts, text_embeds, *rest = _front(loaded, folder, bus)
-        text, latents = open_caches(family, sources, text_embeds, *rest, bus)
-        captions = {caption for source in sources for caption in source.all_captions()}
-        place = text.folder.resolve()
-        titles.setdefault(place, "text embeddings")
-        keys.setdefault(place, set()).update(text.keys(captions | set(prompts.captions())))
+        family, sources, prompts, datasets, *rest = _front(loaded, folder, bus)
+        text, latents = open_caches(family, sources, datasets, *rest, bus)
+        for cache in text.all:
+            place = cache.folder.resolve()
+            titles.setdefault(place, "text embeddings")
+            own = [source for source in sources if text.of(source.id) is cache]
+            captions = {caption for source in own for caption in source.all_captions()}
+            if cache is text.default:
+                captions |= set(prompts.captions())
+            keys.setdefault(place, set()).update(cache.keys(captions))
         for source in sources:
             if source.settings.vae_cache_disable:
                 continue
@@ -198,7 +202,7 @@ def _front(loaded: Loaded, folder: RunFolder, bus: Bus) -> tuple[Any, ...]:
         open_family(config.model, digests=root / "digests.json"),
         sources,
         Prompts.of(config.validation),
-        datasets.text_embeds,
+        datasets,
         config.cache,
         Quantiser(config.precision),
         Seeds(config.runtime.seed),

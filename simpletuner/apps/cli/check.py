@@ -60,7 +60,7 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
         "pending": [asdict(problem) for problem in loaded.pending],
         "notes": list(loaded.notes),
         "config": flatten(loaded.config),
-        "datasets": [entry.model_dump(mode="json") for entry in loaded.datasets.training],
+        "datasets": [entry.model_dump(mode="json") for entry in loaded.datasets.pictures],
     }
 
 
@@ -70,7 +70,7 @@ def _lines(loaded: Loaded) -> list[str]:
         lines += ["not built yet, `simpletuner train` will refuse it:"]
         lines += [f"  {pending_line(problem)}" for problem in loaded.pending]
     names = " and ".join(shown(file, Path.cwd()) for file in loaded.files)
-    sets = ", ".join(entry.id for entry in loaded.datasets.training)
+    sets = ", ".join(entry.id for entry in loaded.datasets.pictures)
     return [*lines, f"no problems in {names} (datasets: {sets})"]
 
 

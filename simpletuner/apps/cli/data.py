@@ -79,7 +79,7 @@ def report(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Name
     config = loaded.config
     seeds = Seeds(config.runtime.seed)
     plan = BatchPlan.of(
-        sources,
+        sources[: len(loaded.datasets.training)],
         **config.schedule.window_shape,
         data_backend_sampling=config.data.data_backend_sampling,
         seeds=seeds,

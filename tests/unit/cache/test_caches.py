@@ -13,7 +13,7 @@ from PIL import Image
 from simpletuner.cache.caches import Caches, masks
 from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.store import TensorStore
-from simpletuner.cache.text import TextCache
+from simpletuner.cache.text import TextCache, TextCaches
 from simpletuner.core.events import Bus
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import PlannedBatch
@@ -42,8 +42,8 @@ def test_every_row_of_a_batch_is_one_pictures_latents_caption_and_sample(
         dataset(tmp_path, name, caption_dropout_probability=0.3, **mode) for name in ("one", "two")
     )
     latents = latent_cache(family, *sources)
-    text = TextCache(family, TensorStore.open(tmp_path / "text"), PLACE)
-    text.prepare({source.id: source.all_captions() for source in sources}, Bus())
+    text = TextCaches(TextCache(family, TensorStore.open(tmp_path / "text"), PLACE), {})
+    text.prepare({source.id: source.all_captions() for source in sources}, [], Bus())
     latents.prepare(sources, Bus())
     caches = Caches(sources, latents, text, Seeds(3))
     planned = PlannedBatch(
@@ -93,7 +93,7 @@ def test_latents_caption_and_mask_of_a_draw_belong_to_one_picture(
     latents, text = open_caches(family, tmp_path / "all", settings)
     source = dataset(tmp_path / "all", "set", "masks", **settings)
     (source,) = latents.prepare([source], Bus())
-    text.prepare({source.id: source.all_captions()}, Bus())
+    text.prepare({source.id: source.all_captions()}, [], Bus())
     caches = Caches((source,), latents, text, SEEDS)
     numbers = [int(Path(source.path(row)).stem) for row in range(len(source))]
     assert numbers == [i for i in range(10) if i != 4 and (mode or i != 5)]
@@ -151,7 +151,7 @@ def open_caches(
     family: Watched, root: Path, settings: dict[str, Any]
 ) -> tuple[LatentCache, TextCache]:
     latents = latent_cache(family, dataset(root, "set", **settings, allow_excluded=True), seed=3)
-    return latents, TextCache(family, TensorStore.open(root / "text"), PLACE)
+    return latents, TextCaches(TextCache(family, TensorStore.open(root / "text"), PLACE), {})
 
 
 def alone(family: Watched, root: Path, settings: dict[str, Any]) -> torch.Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.unit.config.workplace import PICTURES, Workplace
 
@@ -132,15 +135,71 @@ def test_other_conditioning_waits_and_is_not_trained_on(place: Workplace) -> Non
     assert masks(place) == {"pictures": "masks"}
 
 
-def test_an_eval_set_waits_and_is_never_trained_on(place: Workplace) -> None:
-    place.datasets("", PICTURES, {**PICTURES, "id": "held out", "dataset_type": "eval"})
+def test_an_eval_set_is_never_trained_on(place: Workplace) -> None:
+    held_out = {**PICTURES, "id": "held out", "dataset_type": "eval", "repeats": 3}
+    place.datasets("", PICTURES, held_out)
 
     loaded = place.load()
 
-    assert [(p.key, p.message) for p in loaded.pending] == [
-        ("dataset_type", "eval is not built yet")
-    ]
+    assert loaded.pending == ()
     assert [each.id for each in loaded.datasets.training] == ["pictures"]
+    assert [each.id for each in loaded.datasets.evaluation] == ["held out"]
+    said = "dataset held out: repeats changes nothing, for it is never trained on"
+    assert said in loaded.notes
+
+
+def test_an_eval_set_alone_is_nothing_to_train_on(place: Workplace) -> None:
+    place.datasets("", {**PICTURES, "dataset_type": "eval"})
+    assert place.messages() == [": no dataset of pictures; one entry needs an instance_data_dir"]
+
+
+def test_captions_are_kept_where_a_dataset_says(place: Workplace) -> None:
+    other = {"id": "other", "dataset_type": "text_embeds", "cache_dir": "/other"}
+    default = {"id": "usual", "dataset_type": "text_embeds", "default": True}
+    named = {**PICTURES, "id": "b", "text_embed_cache": "other"}
+    place.datasets("", PICTURES, named, other, default)
+
+    datasets = place.load().datasets
+
+    assert datasets.text_embeds.id == "usual"
+    assert {name: each.id for name, each in datasets.captions.items()} == {"b": "other"}
+    assert datasets.captions["b"].cache_dir == Path("/other")
+    assert not [note for note in place.load().notes if "not used" in note]
+
+    place.datasets("", {**PICTURES, "text_embeds": "othr"}, other)
+    assert place.messages() == [
+        "text_embeds: no text_embeds entry has the id 'othr'; did you mean other?"
+    ]
+
+
+def test_encoded_pictures_are_kept_where_a_dataset_says(place: Workplace) -> None:
+    kept = {"id": "kept", "dataset_type": "image_embeds", "cache_dir": "/kept"}
+    place.datasets("", {**PICTURES, "image_embeds": "kept"}, kept)
+    (entry,) = place.load().datasets.training
+    assert entry.cache_dir_vae == Path("/kept/pictures")
+
+    place.datasets("", {**PICTURES, "image_embeds": "kept", "cache_dir_vae": "/own"}, kept)
+    assert place.messages() == [
+        "image_embeds: cache_dir_vae says where the pictures are kept; remove one of the two"
+    ]
+    place.datasets("", {**PICTURES, "image_embeds": "keep"}, kept)
+    assert place.messages() == [
+        "image_embeds: no image_embeds entry has the id 'keep'; did you mean kept?"
+    ]
+    place.datasets("", PICTURES, kept)
+    said = "image_embeds entry kept is not used; no dataset names it in image_embeds"
+    assert said in place.load().notes
+
+
+@pytest.mark.parametrize("value", ["", " , "])
+def test_no_stage_of_a_start_is_skipped(place: Workplace, value: str) -> None:
+    place.datasets("", {**PICTURES, "skip_file_discovery": value})
+    assert place.messages() == []
+    place.datasets("", {**PICTURES, "skip_file_discovery": "vae,metadata"})
+    assert place.messages() == [
+        "skip_file_discovery: is not needed: a start looks at what changed and at nothing else;"
+        " remove it"
+    ]
 
 
 def test_regularisation_alone_teaches_nothing(place: Workplace) -> None:

@@ -43,7 +43,7 @@ def test_what_takes_the_place_of_an_undecodable_picture_is_encoded_too(
         open_family(config.model, digests=tmp_path / "digests.json"),
         [source],
         Prompts.of(config.validation),
-        loaded.datasets.text_embeds,
+        loaded.datasets,
         config.cache,
         Quantiser(config.precision),
         Seeds(0),

@@ -1,0 +1,90 @@
+"""Sets of pictures that are not trained on, and captions kept apart, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from simpletuner.apps.cli import main
+from tests.runs import Run, make_pictures
+
+
+def write_sets(run: Run, *more: dict[str, Any]) -> str:
+    """The settings, and a datasets file with more entries; the arguments that name them."""
+    config = run.write(validation_disable=True, max_train_steps=3)
+    file = run.root / "multidatabackend.json"
+    file.write_text(json.dumps([*json.loads(file.read_text()), *more]))
+    return str(config)
+
+
+def held_out(run: Run) -> dict[str, Any]:
+    folder = make_pictures(run.root / "held out", 3)
+    return {
+        **run.dataset,
+        "id": "held out",
+        "dataset_type": "eval",
+        "instance_data_dir": str(folder),
+    }
+
+
+def test_an_eval_set_is_encoded_told_and_changes_nothing_that_is_trained(
+    tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, measured = Run(tmp_path / "plain", tiny_sdxl), Run(tmp_path / "measured", tiny_sdxl)
+    assert main(["train", "--config", write_sets(plain)]) == 0
+    capsys.readouterr()
+    assert main(["train", "--config", write_sets(measured, held_out(measured))]) == 0
+    said = "".join(capsys.readouterr())
+
+    assert "dataset held out: 3 of 3 pictures are kept to measure by" in said
+    assert "an epoch: 4 steps, 8 samples" in said
+    weights = [load_file(run.out / "pytorch_lora_weights.safetensors") for run in (plain, measured)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    assert plain.losses() == measured.losses()
+    assert measured.encoded() - plain.encoded() == 3  # its captions are those of the others
+
+    # It may come and go without a change of the run.
+    assert main(["train", "--config", write_sets(measured), "--max_train_steps=4"]) == 0
+
+
+def test_the_commands_of_data_and_cache_know_an_eval_set(
+    tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path / "run", tiny_sdxl)
+    config = write_sets(run, held_out(run))
+    assert main(["data", "report", "--config", config, "--json"]) == 0
+    reports = {each["id"]: each for each in json.loads(capsys.readouterr().out)["datasets"]}
+    assert [reports[name]["trained"] for name in ("pictures", "held out")] == [True, False]
+    assert sum(bucket["samples"] for bucket in reports["held out"]["buckets"]) == 0
+
+    assert main(["cache", "build", "--config", config]) == 0
+    capsys.readouterr()
+    assert main(["cache", "status", "--config", config, "--json"]) == 0
+    found = {each["title"]: each for each in json.loads(capsys.readouterr().out)}
+    assert found["latents of held out"]["present"] == 3
+
+
+def test_captions_and_latents_lie_where_entries_say(
+    tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path / "run", tiny_sdxl)
+    run.dataset |= {"text_embeds": "own", "image_embeds": "kept"}
+    entries = (
+        {"id": "usual", "dataset_type": "text_embeds", "default": True},
+        {"id": "own", "dataset_type": "text_embeds", "cache_dir": str(tmp_path / "own")},
+        {"id": "kept", "dataset_type": "image_embeds", "cache_dir": str(tmp_path / "kept")},
+    )
+    config = write_sets(run, *entries)
+    assert main(["train", "--config", config]) == 0
+    capsys.readouterr()
+
+    assert main(["cache", "status", "--config", config, "--json"]) == 0
+    found = {each["folder"]: each for each in json.loads(capsys.readouterr().out)}
+    assert found[str(tmp_path / "own")]["present"] == 9  # and the empty one
+    assert found[str(tmp_path / "kept" / "pictures")]["present"] == 8
+    (usual,) = (each for folder, each in found.items() if "cache/text" in folder)
+    assert usual["wanted"] == usual["present"] == 0  # no prompt is validated
