@@ -13,6 +13,7 @@ _READ = {
     *EntrySettings.model_fields,
     "conditioning_type",
     "dataset_type",
+    "image_background",
     "instance_data_dir",
     "metadata_backend",
     "source_dataset_id",
@@ -43,21 +44,27 @@ def idle_keys(given: Iterable[str]) -> list[str]:
     return sorted(set(given) - _READ)
 
 
-def mask_of(pictures: DatasetSettings, conditioning: Iterable[Read]) -> DatasetSettings | None:
-    """The masks of a dataset of pictures, None without any."""
-    return next((each.settings for each in _masks(pictures, conditioning)), None)
+def paired_with(
+    pictures: DatasetSettings, conditioning: Iterable[Read]
+) -> tuple[DatasetSettings, ...]:
+    """What goes with a dataset of pictures."""
+    return tuple(each.settings for each in conditioning if _together(pictures, each.settings))
 
 
 def unfit(pictures: Sequence[Read], conditioning: Sequence[Read]) -> Iterator[Problem]:
     """What is wrong with how the two belong together."""
     for each in pictures:
         yield from _misnamed(each, [other.id for other in conditioning])
-        found = list(_masks(each.settings, conditioning))
-        yield from _own_masks(each.settings, found)
-        masks = [other.id for other in found]
-        if len(masks) > 1:
-            message = f"{' and '.join(masks)} are both masks of {each.id}; keep one"
-            yield each.given["id"].problem(message)
+        found = [other for other in conditioning if _together(each.settings, other.settings)]
+        yield from _own_pictures(each.settings, found)
+        masks, controls = (
+            [other.id for other in found if other.settings.conditioning_type == kind]
+            for kind in ("mask", "controlnet")
+        )
+        for several, what in ((masks, "masks"), (controls, "control pictures")):
+            if len(several) > 1:
+                message = f"{' and '.join(several)} are both {what} of {each.id}; keep one"
+                yield each.given["id"].problem(message)
         if masks and each.settings.alpha_as_mask:
             message = f"{masks[0]} has the masks of these pictures; remove one of the two"
             yield each.given["alpha_as_mask"].problem(message)
@@ -65,25 +72,20 @@ def unfit(pictures: Sequence[Read], conditioning: Sequence[Read]) -> Iterator[Pr
         yield from _astray(each, [other.settings for other in pictures])
 
 
-def _masks(pictures: DatasetSettings, conditioning: Iterable[Read]) -> Iterator[Read]:
-    for each in conditioning:
-        if each.settings.conditioning_type == "mask" and _together(pictures, each.settings):
-            yield each
-
-
 def _together(pictures: DatasetSettings, other: DatasetSettings) -> bool:
     """True if one of the two names the other."""
     return other.id in pictures.named_conditioning or other.source_dataset_id == pictures.id
 
 
-def _own_masks(pictures: DatasetSettings, masks: Iterable[Read]) -> Iterator[Problem]:
-    """Masks that lie where their pictures do, so that each picture would be its own mask."""
-    for each in masks:
+def _own_pictures(pictures: DatasetSettings, found: Iterable[Read]) -> Iterator[Problem]:
+    """Conditioning that lies where its pictures do, so that each would go with itself."""
+    for each in found:
         folders = (pictures.instance_data_dir, each.settings.instance_data_dir)
         if len({folder and folder.resolve() for folder in folders}) == 1:
+            what = "mask" if each.settings.conditioning_type == "mask" else "condition"
             yield each.given["instance_data_dir"].problem(
-                f"is the folder of {pictures.id} itself, so each picture would be its own mask;"
-                " name the folder with the masks"
+                f"is the folder of {pictures.id} itself, so each picture would be its own {what};"
+                f" name the folder with the {what}s"
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from simpletuner.cache.settings import CacheSettings
 from simpletuner.config.caption_filters import read_filters
-from simpletuner.config.conditioning import Read, idle_keys, mask_of, unfit
+from simpletuner.config.conditioning import Read, idle_keys, paired_with, unfit
 from simpletuner.config.embeds import (
     TextRead,
     default_text_embeds,
@@ -103,7 +103,7 @@ class DatasetsFile:
         pictures: The entries that are trained on.
         training: The same, one for each resolution of a list.
         evaluation: Those that are never trained on, likewise.
-        masks: By the id of one of `training`.
+        paired: What goes with the pictures, by the id of one of both.
     """
 
     path: Path
@@ -112,7 +112,7 @@ class DatasetsFile:
     training: list[DatasetSettings] = field(default_factory=list)
     evaluation: list[DatasetSettings] = field(default_factory=list)
     conditioning: list[Read] = field(default_factory=list)
-    masks: dict[str, DatasetSettings] = field(default_factory=dict)
+    paired: dict[str, tuple[DatasetSettings, ...]] = field(default_factory=dict)
     text_embeds: list[TextRead] = field(default_factory=list)
     image_embeds: dict[str, ImageEmbedsSettings] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -159,7 +159,7 @@ def read_datasets(path: Path, around: Surroundings) -> tuple[DatasetsFile, Datas
         tuple(inherit_filters(entry, captions.get(entry.id, text_embeds)) for entry in entries)
         for entries in (found.training, found.evaluation)
     )
-    return found, Datasets(training, text_embeds, found.masks, evaluation, captions)
+    return found, Datasets(training, text_embeds, found.paired, evaluation, captions)
 
 
 def _entries(tree: Any, name: str) -> Iterator[Entry]:
@@ -308,8 +308,8 @@ def _add_pictures(
             )
     else:
         found.training += sizes
-    if (mask := mask_of(built, found.conditioning)) is not None:
-        found.masks |= {each.id: mask for each in sizes}
+    if paired := paired_with(built, found.conditioning):
+        found.paired |= {each.id: paired for each in sizes}
 
 
 def _add_conditioning(

@@ -28,7 +28,7 @@ def open_sources(
             entry,
             index_folder=index_folder,
             train_batch_size=train_batch_size,
-            masks=datasets.masks.get(entry.id),
+            paired=datasets.paired.get(entry.id, ()),
             bus=bus,
         )
         for entry in datasets.pictures

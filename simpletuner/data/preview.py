@@ -45,6 +45,7 @@ class Shown:
         geometry: What lies between the two.
         captions: Its alternatives.
         mask: White where it is learned, of the size of `trained`; None for all of it.
+        conditions: What goes with it, as it is given to the model, each by its dataset's id.
     """
 
     dataset: str
@@ -54,6 +55,7 @@ class Shown:
     geometry: Geometry
     captions: tuple[str, ...]
     mask: Image.Image | None = None
+    conditions: tuple[tuple[str, Image.Image], ...] = ()
 
     @property
     def scale(self) -> float:
@@ -89,6 +91,10 @@ def look(source: DataSource, row: int) -> Shown:
         geometry=geometry,
         captions=source.captions(row),
         mask=Image.fromarray(source.mask(row, geometry)) if source.masked else None,
+        conditions=tuple(
+            (name, Image.fromarray(source.condition(name, row, geometry)))
+            for name, _ in source.conditions
+        ),
     )
 
 
@@ -109,7 +115,7 @@ def sheet(shown: Sequence[Shown], columns: int = 3) -> Image.Image:
     for number, each in enumerate(shown):
         x, y = number % columns * wide + _GAP, number // columns * high + _GAP
         made.paste(_framed(_boxed(each)), (x, y))
-        made.paste(_framed(_masked(each)), (x + _EDGE + _GAP, y))
+        made.paste(_framed(_beside(each)), (x + _EDGE + _GAP, y))
         text = "\n".join(each.lines())
         draw.multiline_text((x, y + _EDGE + 4), text, "black", font)
     return made
@@ -118,7 +124,7 @@ def sheet(shown: Sequence[Shown], columns: int = 3) -> Image.Image:
 def page(shown: Sequence[Shown]) -> str:
     """The same as one HTML file: pictures at their full size, the trained pixels unchanged."""
     rows = "\n".join(
-        f"<tr><td>{_embedded(_boxed(each), 'JPEG')}</td><td>{_embedded(each.trained, 'PNG')}</td>"
+        f"<tr><td>{_embedded(_boxed(each), 'JPEG')}</td><td>{_embedded(_beside(each), 'PNG')}</td>"
         f"<td>{'<br>'.join(escape(line) for line in each.lines()[:2])}"
         f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in each.captions)}</ul></td></tr>"
         for each in shown
@@ -142,6 +148,19 @@ def _boxed(each: Shown) -> Image.Image:
     box = (left / across, top / down, (left + width) / across - 1, (top + height) / down - 1)
     ImageDraw.Draw(picture).rectangle(box, outline=_BOX, width=thick)
     return picture
+
+
+def _beside(each: Shown) -> Image.Image:
+    """The pixels that are trained on, with what goes with them to the right."""
+    pictures = [_masked(each), *(picture for _, picture in each.conditions)]
+    if len(pictures) == 1:
+        return pictures[0]
+    made = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
+    left = 0
+    for picture in pictures:
+        made.paste(picture, (left, 0))
+        left += picture.width
+    return made
 
 
 def _masked(each: Shown) -> Image.Image:

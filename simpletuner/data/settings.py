@@ -183,9 +183,12 @@ class DatasetSettings(
         if at_hand and self.instance_data_dir is None and not listed:
             raise ValueError("instance_data_dir is missing: name the folder with the pictures")
         if self.role == "conditioning" and self.conditioning_type is None:
-            raise ValueError("conditioning_type is missing: say mask if they are masks")
-        if self.conditioning_type == "mask" and self.type != "local":
-            raise ValueError(f"type {self.type} is not for masks, which lie in a folder; set local")
+            raise ValueError(
+                "conditioning_type is missing: say mask, controlnet, reference_strict or"
+                " reference_loose"
+            )
+        if self.role == "conditioning" and self.type != "local":
+            raise ValueError(f"type {self.type} is not for conditioning, which lies in a folder")
         if self.role == "conditioning" and self.table_path is not None:
             raise ValueError("a table is for pictures that are trained on, not for conditioning")
         return self
@@ -247,16 +250,22 @@ class Datasets:
     Args:
         training: What is trained on.
         text_embeds: Where encoded captions are kept, those of prompts too.
-        masks: The masks of those that have some, by the id of the pictures.
+        paired: The masks and the like of those that have some, by the id of the pictures.
         evaluation: What is never trained on.
         captions: Where captions are kept of those that name an entry of their own, by id.
     """
 
     training: tuple[DatasetSettings, ...]
     text_embeds: TextEmbedsSettings
-    masks: Mapping[str, DatasetSettings] = field(default_factory=dict)
+    paired: Mapping[str, tuple[DatasetSettings, ...]] = field(default_factory=dict)
     evaluation: tuple[DatasetSettings, ...] = ()
     captions: Mapping[str, TextEmbedsSettings] = field(default_factory=dict)
+
+    @property
+    def all(self) -> tuple[DatasetSettings, ...]:
+        """All sets that are read: those of pictures, and what goes with them."""
+        paired = {each.id: each for entries in self.paired.values() for each in entries}
+        return (*self.pictures, *paired.values())
 
     @property
     def pictures(self) -> tuple[DatasetSettings, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from simpletuner.core.events import Bus
 from simpletuner.core.files import safe_name
 from simpletuner.core.seeds import Seeds, key64
 from simpletuner.core.types import Geometry, Sample
+from simpletuner.data.beside import Beside
 from simpletuner.data.caption_edits import PLACEHOLDER
 from simpletuner.data.caption_settings import DatasetCaptionSettings
 from simpletuner.data.columns import bytes16, kept, keys_of, sizes_of
@@ -25,7 +26,7 @@ from simpletuner.data.excluded import FAULTS_ALLOWED, Excluded, listed, pictures
 from simpletuner.data.files import open_files
 from simpletuner.data.geometry import Sizes
 from simpletuner.data.index import NO_CAPTION, Index, marked
-from simpletuner.data.masks import Masks
+from simpletuner.data.paired import Paired
 from simpletuner.data.pixels import PictureError, decode, opacity, render, render_mask
 from simpletuner.data.rules import background, caption_rule, sizing
 from simpletuner.data.settings import DatasetSettings
@@ -63,7 +64,7 @@ class DataSource:
         table: pa.Table,
         batch: int,
         bus: Bus,
-        masks: Masks | None = None,
+        paired: Sequence[Paired] = (),
         unlisted: Excluded | None = None,
     ) -> None:
         self.settings = settings
@@ -76,19 +77,18 @@ class DataSource:
         self._whole = table
         self._batch = batch
         self._bus = bus
-        self._masks = masks
-        self.masked = masks is not None or settings.alpha_as_mask
         self._captions = caption_rule(settings)
         self._sizing = sizing(settings, batch)
         self._geometry = self._sizing.rule
-        paired, self._alone = (table, []) if masks is None else masks.beside(table)
-        sound, self.rejects = self._sound(paired)
+        self._beside = Beside(paired, table)
+        self.masked = settings.alpha_as_mask or self._beside.masks is not None
+        sound, self.rejects = self._sound(self._beside.table)
         usable, targets, self.left_out = self._wanted(sound)
         self._unlisted = unlisted
         if unlisted is not None:
             self.left_out = {unlisted.reason: unlisted, **self.left_out}
         self._paths, self._texts = usable["path"], usable["caption"]
-        self._mask_rows = usable["mask"].to_numpy() if masks else np.empty(0, np.int32)
+        self._beside.take(usable)
         self.content = bytes16(usable["content"])
         self.keys = keys_of(self.content)
         sizes = sizes_of(usable)
@@ -106,7 +106,7 @@ class DataSource:
         *,
         index_folder: Path,
         train_batch_size: int = 1,
-        masks: DatasetSettings | None = None,
+        paired: Sequence[DatasetSettings] = (),
         bus: Bus,
     ) -> DataSource:
         """Scan a dataset, looking only at what has changed since the last time.
@@ -116,12 +116,12 @@ class DataSource:
             index_folder: Where the index is kept.
             train_batch_size: Of the run, for a dataset that does not say: what a bucket with fewer
                 pictures is rare by.
-            masks: The entry of its masks.
+            paired: The entries of what goes with its pictures.
             bus: Told of progress and of what is left out.
 
         Raises:
-            DataError: The folder is missing or holds no picture, too many are unusable, one has no
-                mask where there are masks, or none is left.
+            DataError: The folder is missing or holds no picture, too many are unusable, one lacks
+                what goes with it, or none is left.
         """
         files = open_files(settings, downloads=index_folder / "downloads", bus=bus)
         index = Index(
@@ -137,8 +137,8 @@ class DataSource:
         unlisted = None
         if files.unlisted:
             unlisted = Excluded("metadata_backend", files.unlisted, files.example)
-        paired = None if masks is None else Masks.open(masks, index_folder=index_folder, bus=bus)
-        source = cls(settings, index, table, train_batch_size, bus, paired, unlisted)
+        found = [Paired.open(each, index_folder=index_folder, bus=bus) for each in paired]
+        source = cls(settings, index, table, train_batch_size, bus, found, unlisted)
         if files.table is not None:
             files.table.tell_other_sizes(table, bus)
         source._tell()
@@ -154,28 +154,26 @@ class DataSource:
             DataError: Too many are unusable, or none is left.
         """
         table = self.remember(reasons)
-        rest = (self._batch, self._bus, self._masks, self._unlisted)
+        rest = (self._batch, self._bus, self._beside.sets, self._unlisted)
         return DataSource(self.settings, self._index, table, *rest)
 
-    def with_whole_masks(self) -> DataSource:
-        """The dataset without the pictures whose masks turn out not to be decodable.
+    def with_whole_pairs(self) -> DataSource:
+        """The dataset without the pictures whose masks and the like turn out not to be decodable.
 
-        A mask is decoded once; what is found is kept in its index until it changes.
+        A file is decoded once; what is found is kept in its index until it changes.
 
         Returns:
-            The dataset itself if all its masks are whole. Else others may have come in, whose masks
+            The dataset itself if all of them are whole. Else others may have come in, whose files
             are still to be decoded.
 
         Raises:
-            DataError: A mask cannot be decoded and allow_excluded is not set, or it is not the file
+            DataError: One cannot be decoded and allow_excluded is not set, or it is not the file
                 that was indexed.
         """
-        if self._masks is None:
+        paired = self._beside.decoded()
+        if all(new is old for new, old in zip(paired, self._beside.sets, strict=True)):
             return self
-        masks = self._masks.decoded(self._mask_rows)
-        if masks is self._masks:
-            return self
-        rest = (self._batch, self._bus, masks, self._unlisted)
+        rest = (self._batch, self._bus, paired, self._unlisted)
         return DataSource(self.settings, self._index, self._whole, *rest)
 
     def remember(self, reasons: Mapping[str, str]) -> pa.Table:
@@ -279,8 +277,7 @@ class DataSource:
                 f"{settings.masked_loss_probability:g}" if self.masked else "without effect"
             ),
         }
-        if self._masks is not None:
-            facts["masks"] = self._masks.digest(self._mask_rows, self.keys)
+        facts |= self._beside.digests(self.keys)
         return facts
 
     def sample(self, row: int, epoch: int, occurrence: int, seeds: Seeds) -> Sample:
@@ -348,10 +345,44 @@ class DataSource:
             PictureError: The mask cannot be read or decoded.
             DataError: It is not the file that was indexed.
         """
-        if self._masks is not None:
-            return render_mask(self._masks.image(int(self._mask_rows[row])), geometry)
+        if (masks := self._beside.masks) is not None:
+            return render_mask(self._beside.image(masks, row), geometry)
         path, content = self.path(row), bytes(self.content[row]).hex()
         return render_mask(self._decoded(path, content, opacity), geometry)
+
+    @property
+    def conditions(self) -> tuple[tuple[str, str], ...]:
+        """The id and conditioning_type of each set of pictures that goes with these."""
+        return tuple((each.id, each.kind) for each in self._beside.sets if each.kind != "mask")
+
+    def condition(self, name: str, row: int, geometry: Geometry) -> NDArray[np.uint8]:
+        """The picture of one of `conditions` that goes with a picture.
+
+        Args:
+            name: The id of the set.
+            row: Of the picture.
+            geometry: Of its draw; a loose reference has its own, by the rule of this dataset.
+
+        Returns:
+            [H, W, 3] uint8 sRGB.
+
+        Raises:
+            PictureError: It cannot be read or decoded.
+            DataError: It is not the file that was indexed.
+        """
+        each = next(each for each in self._beside.sets if each.id == name)
+        image = self._beside.image(each, row)
+        if each.kind == "reference_loose":
+            geometry = self._own_geometry(image.size, key64("crop", bytes(self.content[row]), name))
+        elif image.size != geometry.source:
+            image = image.resize(geometry.source, Image.Resampling.LANCZOS)
+        return render(image, geometry)
+
+    def _own_geometry(self, size: tuple[int, int], key: int) -> Geometry:
+        sizes = np.array([size], np.int64)
+        (target,) = self._sizing.targets(sizes, np.array([key], np.uint64))
+        (resize,) = self._geometry.resizes(sizes, target[None])
+        return self._geometry.place(size, tuple(resize.tolist()), tuple(target.tolist()), key)
 
     def _decoded(
         self, path: str, content: str, take: Callable[[bytes], Image.Image] | None = None
@@ -385,24 +416,20 @@ class DataSource:
             if not self._captions.needs_text:  # one that cannot be read is a fault all the same
                 lacks = pc.and_(lacks, pc.is_valid(table["caption_reason"]))
             fault = pc.or_(fault, lacks)
-        unmasked = False
-        if self._masks is not None:
-            lacks = pc.is_valid(table["mask_reason"])
-            unmasked = pc.any(pc.and_not(lacks, fault)).as_py()
-            fault = pc.or_(fault, lacks)
+        fault, unpaired = self._beside.lacking(fault)
         faulty = table.filter(fault)
-        told = [name for name in _REASONS if name in faulty.column_names]
+        told = [name for name in (*_REASONS, *self._beside.reasons) if name in faulty.column_names]
         reasons = pc.coalesce(*(faulty[name] for name in told), pa.scalar(NO_CAPTION))
         rejects = dict(zip(faulty["path"].to_pylist(), reasons.to_pylist(), strict=True))
         few, share = FAULTS_ALLOWED
-        some = len(rejects) <= max(few, share * len(table)) and not unmasked
+        some = len(rejects) <= max(few, share * len(table)) and unpaired is None
         allowed = self.settings.allow_excluded or some
-        mask = "give each a whole mask of its path and shape"
-        mend = mask if unmasked else "mend or remove them"
+        mend = f"give each a whole {unpaired} of its path and shape"
+        mend = "mend or remove them" if unpaired is None else mend
         if len(rejects) < len(table) and not allowed:
             raise DataError(
                 f"dataset {self.id}: {len(rejects)} of {len(table)} pictures cannot be used\n"
-                + "\n".join([listed(rejects), *self._masks_alone()]),
+                + "\n".join([listed(rejects), *self._beside.alone(self.id)]),
                 fix=f"{mend}, or set allow_excluded to train on the others",
             )
         return kept(table, pc.invert(fault)), rejects
@@ -423,18 +450,13 @@ class DataSource:
             lines += [f"{len(self.rejects)} cannot be used"] * bool(self.rejects)
             lines += [f"{out.count} left out by {name}" for name, out in taken.items()]
             text = "\n".join(f"  {line}" for line in [*lines, "0 left"])
-            lines = [text, *([listed(self.rejects)] if self.rejects else []), *self._masks_alone()]
+            lines = [
+                text,
+                *([listed(self.rejects)] if self.rejects else []),
+                *self._beside.alone(self.id),
+            ]
             raise DataError("\n".join([f"dataset {self.id}: nothing is left to train on", *lines]))
         return kept(sound, pa.array(keep)), targets[keep], taken
-
-    def _masks_alone(self) -> list[str]:
-        """Names the masks without a picture; empty without any."""
-        alone = self._alone
-        if self._masks is None or not alone:
-            return []
-        are = "mask in {} is" if len(alone) == 1 else "masks in {} are"
-        heading = f"{len(alone)} {are.format(self._masks.id)} left over:"
-        return [heading, listed(dict.fromkeys(alone, f"no picture in {self.id}"))]
 
     def _captions_with_placeholder(self) -> int:
         """Texts that hold the place of a trigger word where there is none."""
@@ -450,7 +472,7 @@ class DataSource:
                 f"{name}: {pictures(len(self.rejects))} cannot be used\n{listed(self.rejects)}",
                 "warning",
             )
-        if alone := self._masks_alone():
+        if alone := self._beside.alone(self.id):
             say("\n".join([f"{name}: {alone[0]}", *alone[1:]]), "warning")
         if self._captions.has_texts and self._texts.null_count:
             without = pictures(self._texts.null_count)
@@ -466,4 +488,4 @@ class DataSource:
 
 
 _CAPTION_SETTINGS = set(DatasetCaptionSettings.model_fields)
-_REASONS = ("reason", "caption_reason", "mask_reason")
+_REASONS = ("reason", "caption_reason")

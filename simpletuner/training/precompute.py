@@ -63,11 +63,12 @@ def _look_for_damage(sources: Sequence[DataSource], bus: Bus) -> None:
             )
 
 
-def _with_whole_masks(source: DataSource, bus: Bus) -> DataSource:
-    """`source` without the pictures whose masks cannot be decoded, each of which is named."""
-    while (rest := source.with_whole_masks()) is not source:
+def _with_whole_pairs(source: DataSource, bus: Bus) -> DataSource:
+    """`source` without those whose masks and the like cannot be decoded; each is named."""
+    while (rest := source.with_whole_pairs()) is not source:
         out = {path: why for path, why in rest.rejects.items() if path not in source.rejects}
-        bus.notice(f"dataset {source.id}: left out, repair the masks\n{listed(out)}", "warning")
+        what = "left out, repair what goes with them"
+        bus.notice(f"dataset {source.id}: {what}\n{listed(out)}", "warning")
         source = rest
     return source
 
@@ -119,7 +120,7 @@ def precompute(
     _look_for_damage(sources, bus)
     text, latents = open_caches(family, sources, datasets, settings, quantiser, seeds, place, bus)
     while True:
-        sources = [_with_whole_masks(source, bus) for source in sources]
+        sources = [_with_whole_pairs(source, bus) for source in sources]
         captions = {source.id: source.all_captions() for source in sources}
         text.prepare(captions, prompts.captions(), bus)
         sound = latents.prepare(sources, bus)

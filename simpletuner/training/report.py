@@ -145,9 +145,9 @@ class Report:
         return {
             "settings": settings,
             "datasets": [_settings_in_use(entry) for entry in self._datasets.pictures],
-            "masks": {
-                name: each.model_dump(mode="json", include={"id", "instance_data_dir"})
-                for name, each in self._datasets.masks.items()
+            "paired": {
+                name: [each.model_dump(mode="json", include=_OF_PAIRED) for each in entries]
+                for name, entries in self._datasets.paired.items()
             },
             "text_embeds": _settings_in_use(self._datasets.text_embeds),
             "captions": {name: each.id for name, each in self._datasets.captions.items()},
@@ -204,3 +204,6 @@ def _settings_in_use(section: Section) -> dict[str, Any]:
     fields = type(section).model_fields
     values = section.model_dump(mode="json")
     return {key: values[key] for key, field in fields.items() if hint_of(field).pending is not True}
+
+
+_OF_PAIRED = {"id", "conditioning_type", "instance_data_dir"}

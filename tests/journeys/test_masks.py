@@ -39,8 +39,14 @@ def test_masks_lower_the_loss_and_encode_nothing_anew(run: Way, bench: Bench) ->
     pairs = list(zip(run.losses(), bench.done.losses(), strict=True))
     assert all(0.2 < ours / whole < 0.8 for ours, whole in pairs[:1])
     assert run.encoded() == 0
-    assert json.loads((run.out / "resolved_config.json").read_text())["masks"] == {
-        "pictures": {"id": "masks", "instance_data_dir": run.more[0]["instance_data_dir"]}
+    assert json.loads((run.out / "resolved_config.json").read_text())["paired"] == {
+        "pictures": [
+            {
+                "id": "masks",
+                "conditioning_type": "mask",
+                "instance_data_dir": run.more[0]["instance_data_dir"],
+            }
+        ]
     }
     again = run.losses()
     assert run.train(resume_from_checkpoint="checkpoint-2") == 0
@@ -124,7 +130,9 @@ def test_pictures_whose_masks_break_off_are_left_out_by_name(run: Way) -> None:
     run.settings.pop("max_train_steps")
     assert run.train(num_train_epochs=1) == 0
     assert json.loads((run.out / "run.json").read_text())["result"]["samples_seen"] == 6
-    left_out = [said for said in run.notices().split("dataset ") if "repair the masks" in said]
+    left_out = [
+        said for said in run.notices().split("dataset ") if "repair what goes with them" in said
+    ]
     assert any("its mask a_picture_number_" in said for said in left_out)
 
 

@@ -64,7 +64,9 @@ def run(arguments: Sequence[str]) -> int:
     options, words = parser.parse_known_args(arguments[1:])
     loaded = load(words, os.environ, Path.cwd())
     datasets = loaded.files[-1].name
-    refuse_pending([p for p in loaded.pending if p.file and Path(p.file).name == datasets])
+    # What no training takes yet can be looked at all the same.
+    known = [p for p in loaded.pending if p.key != "conditioning_type"]
+    refuse_pending([p for p in known if p.file and Path(p.file).name == datasets])
     refuse_missing_folders(loaded)
     code: int = command(loaded, _open(loaded), options)
     return code
@@ -130,6 +132,11 @@ def verify(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Name
     for source in sources:
         if faults[source.id]:
             source.remember(faults[source.id])
+        for name, _ in source.conditions:
+            found = _undecodable(
+                source, lambda row, of=source, n=name: of.condition(n, row, of.geometry(row))
+            )
+            faults[source.id] = {**found, **faults[source.id]}
         if source.masked:  # another file than the picture, which may stay as it is
             masks = _undecodable(source, lambda row, of=source: of.mask(row, of.geometry(row)))
             faults[source.id] = {**masks, **faults[source.id]}

@@ -70,7 +70,7 @@ def refuse_missing_folders(loaded: Loaded) -> None:
     datasets = loaded.datasets
     missing = [
         f"{entry.id}: instance_data_dir {entry.instance_data_dir} does not exist"
-        for entry in (*datasets.pictures, *datasets.masks.values())
+        for entry in datasets.all
         if not Path(entry.instance_data_dir).is_dir()
     ]
     if missing:

@@ -89,7 +89,7 @@ def dataset(root: Path, name: str = "set", masks: str = "", **more: Any) -> Data
     return DataSource.open(
         settings,
         index_folder=root / "index",
-        masks=DatasetSettings(**beside) if masks else None,
+        paired=[DatasetSettings(**beside)] if masks else [],
         bus=Bus(),
     )
 

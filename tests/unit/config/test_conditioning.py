@@ -19,7 +19,13 @@ NAMING = {**PICTURES, "conditioning_data": "masks"}
 
 
 def masks(place: Workplace) -> dict[str, str]:
-    return {name: each.id for name, each in place.load().datasets.masks.items()}
+    paired = place.load().datasets.paired
+    return {
+        name: each.id
+        for name, entries in paired.items()
+        for each in entries
+        if each.conditioning_type == "mask"
+    }
 
 
 def test_masks_belong_to_the_pictures_that_name_them_or_that_they_name(place: Workplace) -> None:
@@ -51,12 +57,12 @@ def test_a_conditioning_type_makes_an_entry_conditioning(place: Workplace) -> No
 
     place.datasets("", NAMING, {k: v for k, v in MASKS.items() if k != "conditioning_type"})
     (said,) = place.messages()
-    assert said.endswith("conditioning_type is missing: say mask if they are masks")
+    assert "conditioning_type is missing: say mask, controlnet" in said
 
 
 def test_masks_lie_in_a_folder(place: Workplace) -> None:
     place.datasets("", NAMING, {**MASKS, "type": "csv", "csv_file": "x.csv"})
-    assert place.messages() == ["type: type csv is not for masks, which lie in a folder; set local"]
+    assert place.messages() == ["type: type csv is not for conditioning, which lies in a folder"]
 
     place.datasets("", NAMING, {k: v for k, v in MASKS.items() if k != "instance_data_dir"})
     (said,) = place.messages()
@@ -133,6 +139,19 @@ def test_other_conditioning_waits_and_is_not_trained_on(place: Workplace) -> Non
     ]
     assert [each.id for each in loaded.datasets.training] == ["pictures"]
     assert masks(place) == {"pictures": "masks"}
+    assert [each.id for each in loaded.datasets.paired["pictures"]] == ["masks", "edges"]
+
+
+def test_one_set_of_control_pictures_is_enough(place: Workplace) -> None:
+    edges = {**MASKS, "id": "edges", "conditioning_type": "controlnet"}
+    depth = {**edges, "id": "depth", "instance_data_dir": "depth"}
+    place.datasets("", {**PICTURES, "conditioning_data": ["edges", "depth"]}, edges, depth)
+    assert place.messages() == [
+        "id: edges and depth are both control pictures of pictures; keep one"
+    ]
+    loose = [{**each, "conditioning_type": "reference_loose"} for each in (edges, depth)]
+    place.datasets("", {**PICTURES, "conditioning_data": ["edges", "depth"]}, *loose)
+    assert place.messages() == []
 
 
 def test_an_eval_set_is_never_trained_on(place: Workplace) -> None:

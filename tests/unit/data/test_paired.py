@@ -43,7 +43,7 @@ def masked(
         return DataSource.open(
             entry(folder, **rest),
             index_folder=folder.parent / "cache",
-            masks=DatasetSettings(**given),
+            paired=[DatasetSettings(**given)],
             bus=ours,
         )
     finally:
@@ -179,7 +179,7 @@ def test_a_mask_is_decoded_once_and_again_when_it_changes(folder: Path, masks: P
     def decoded(**rest: Any) -> tuple[DataSource, list[int]]:
         heard.events.clear()
         bus = Bus([heard])
-        source = masked(folder, bus=bus, **rest).with_whole_masks()
+        source = masked(folder, bus=bus, **rest).with_whole_pairs()
         bus.close()
         told = [e for e in heard.events if isinstance(e, Stage) and e.stage == "masks m"]
         return source, [event.total for event in told if event.state == "finished"]
@@ -195,7 +195,7 @@ def test_a_mask_is_decoded_once_and_again_when_it_changes(folder: Path, masks: P
     assert counts == [1]
     (why,) = source.rejects.values()
     assert why.startswith("its mask dog.bmp: cannot be decoded: ")
-    assert source.with_whole_masks() is source
+    assert source.with_whole_pairs() is source
     assert masked(folder, allow_excluded=True).rejects == source.rejects
 
 
@@ -206,12 +206,12 @@ def test_what_was_decoded_is_kept_when_the_rest_is_broken_off(folder: Path, mask
     Image.new("L", (64, 96)).save(masks / "dog.bmp")  # the last, for they go by their paths
     os.utime(masks / "dog.bmp", (2, 2))
     with pytest.raises(DataError, match=r"dog.bmp was changed after it was indexed"):
-        source.with_whole_masks()
+        source.with_whole_pairs()
 
     heard = Heard()
     bus = Bus([heard])
     source = masked(folder, bus=bus)
-    assert source.with_whole_masks() is source
+    assert source.with_whole_pairs() is source
     bus.close()
     assert [e.total for e in heard.events if isinstance(e, Stage) and e.stage == "masks m"][:1] == [
         1
@@ -223,13 +223,13 @@ def test_a_mask_that_could_not_be_read_is_looked_at_again(folder: Path, masks: P
         os.utime(path, (1, 1))
     source = masked(folder, allow_excluded=True)
     (masks / "dog.bmp").rename(masks / "away")
-    rest = source.with_whole_masks()
+    rest = source.with_whole_pairs()
     assert rest.rejects["dog.png"].startswith("its mask dog.bmp: cannot be read: ")
 
     (masks / "away").rename(masks / "dog.bmp")
     whole = masked(folder)
     assert len(whole) == 3
-    assert whole.with_whole_masks() is whole
+    assert whole.with_whole_pairs() is whole
 
 
 # ---- alpha
