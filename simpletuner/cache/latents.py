@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+import numpy as np
 import torch
 
-from simpletuner.cache.fingerprint import latent_key
+from simpletuner.cache.fingerprint import latent_keys
 from simpletuner.cache.pictures import Task, decode_now, decoding
 from simpletuner.cache.stage import (
     EncodingStage,
@@ -30,7 +31,7 @@ from simpletuner.data.pixels import PictureError
 if TYPE_CHECKING:
     from simpletuner.cache.settings import CacheSettings
     from simpletuner.core.events import Bus
-    from simpletuner.core.types import Geometry, Place, Sample
+    from simpletuner.core.types import Place, Sample
     from simpletuner.data.source import DataSource
     from simpletuner.models.family import Family
 
@@ -99,11 +100,11 @@ class LatentCache:
         """
         tasks = []
         for source in sources:
+            keys = self._all_keys(source)
             first: dict[bytes, int] = {}
-            for row in range(len(source)):
-                first.setdefault(self._row_key(source, row), row)
-            for key in self._stores[source.id].missing(list(first)):
-                row = first[key]
+            for row in np.flatnonzero(self._stores[source.id].locate(keys) < 0).tolist():
+                first.setdefault(keys[row], row)
+            for key, row in first.items():
                 content = bytes(source.content[row]).hex()
                 tasks.append(Task(source, row, content, key, source.geometry(row).target))
         order = {source.id: number for number, source in enumerate(sources)}
@@ -154,7 +155,7 @@ class LatentCache:
 
     def keys(self, source: DataSource) -> set[bytes]:
         """The entries of a dataset's pictures."""
-        return {self._row_key(source, row) for row in range(len(source))}
+        return set(self._all_keys(source))
 
     # --- while training --------------------------------------------------------------------------
 
@@ -168,7 +169,8 @@ class LatentCache:
         if source.settings.vae_cache_disable:
             return self._fresh(source, samples, epoch)
         store = self._stores[source.id]
-        keys = [self._key(source, sample.id, sample.geometry) for sample in samples]
+        drawn = [sample.id for sample in samples], [sample.geometry for sample in samples]
+        keys = self._keys(source, *drawn)
         rows = store.locate(keys)
         if (rows < 0).any():
             absent = [i for i, row in enumerate(rows) if row < 0]
@@ -252,13 +254,13 @@ class LatentCache:
             vae.enable_slicing()
         return vae
 
-    def _row_key(self, source: DataSource, row: int) -> bytes:
-        return self._key(source, bytes(source.content[row]).hex(), source.geometry(row))
+    def _all_keys(self, source: DataSource) -> list[bytes]:
+        return self._keys(source, source.content, source.boxes())
 
-    def _key(self, source: DataSource, content: str, geometry: Geometry) -> bytes:
-        return latent_key(
-            content,
-            geometry,
+    def _keys(self, source: DataSource, contents: Any, boxes: Any) -> list[bytes]:
+        return latent_keys(
+            contents,
+            boxes,
             dataset=source.id,
             model=self._model,
             dtype=str(self._place.dtype),

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
+import numpy as np
 import torch
 
-from simpletuner.cache.fingerprint import text_key
+from simpletuner.cache.fingerprint import text_keys
 from simpletuner.cache.stage import EncodingStage, encoding, nothing_to_encode, release_memory
 from simpletuner.cache.store import naming
 from simpletuner.cache.truncation import cut_captions
@@ -83,14 +84,16 @@ class TextCache:
             CacheError: The cache cannot be written, or the memory is full.
             ModelError: The encoders cannot be opened.
         """
-        by_key = self._by_key(sorted({caption for each in captions.values() for caption in each}))
-        missing = set(self._store.missing(list(by_key)))
-        if not missing:
-            nothing_to_encode(STAGE, len(by_key), bus)
+        held = {title: set(each) for title, each in captions.items()}
+        wanted = list(set().union(*held.values()))
+        keys = self._keys(wanted)
+        new = {wanted[i] for i in np.flatnonzero(self._store.locate(keys) < 0).tolist()}
+        if not new:
+            nothing_to_encode(STAGE, len(wanted), bus)
             return
-        new = {by_key[key] for key in missing}
-        self._tell_cut({title: sorted(new.intersection(c)) for title, c in captions.items()}, bus)
-        encoders = self._encode({key: by_key[key] for key in by_key if key in missing}, bus)
+        self._tell_cut({title: sorted(new & each) for title, each in held.items()}, bus)
+        ordered = sorted(new)
+        encoders = self._encode(dict(zip(self._keys(ordered), ordered, strict=True)), bus)
         release_memory(self._place.device, encoders)
 
     @property
@@ -100,7 +103,7 @@ class TextCache:
 
     def keys(self, captions: Iterable[str]) -> set[bytes]:
         """The entries of captions."""
-        return {self._key(caption) for caption in captions}
+        return set(self._keys(captions))
 
     def embeds(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """The conditioning of B captions by the pipeline's argument names, [B, …], on the CPU.
@@ -108,7 +111,7 @@ class TextCache:
         Raises:
             CacheError: One was never prepared, or its entry is damaged.
         """
-        rows = self._store.locate([self._key(caption) for caption in captions])
+        rows = self._store.locate(self._keys(captions))
         if (rows < 0).any():
             absent = captions[int((rows < 0).argmax())]
             raise CacheError(
@@ -158,11 +161,8 @@ class TextCache:
             return "set mixed_precision bf16 and start again"
         return "end what else uses this memory, or take a device that has more, and start again"
 
-    def _by_key(self, captions: Sequence[str]) -> dict[bytes, str]:
-        return {self._key(caption): caption for caption in captions}
-
-    def _key(self, caption: str) -> bytes:
-        return text_key(caption, model=self._model, dtype=self._numbers)
+    def _keys(self, captions: Iterable[str]) -> list[bytes]:
+        return text_keys(captions, model=self._model, dtype=self._numbers)
 
 
 class TextCaches:

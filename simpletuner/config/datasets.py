@@ -104,6 +104,7 @@ class DatasetsFile:
         training: The same, one for each resolution of a list.
         evaluation: Those that are never trained on, likewise.
         paired: What goes with the pictures, by the id of one of both.
+        indexes: The entry's own id by that of each of its resolutions.
     """
 
     path: Path
@@ -113,6 +114,7 @@ class DatasetsFile:
     evaluation: list[DatasetSettings] = field(default_factory=list)
     conditioning: list[Read] = field(default_factory=list)
     paired: dict[str, tuple[DatasetSettings, ...]] = field(default_factory=dict)
+    indexes: dict[str, str] = field(default_factory=dict)
     text_embeds: list[TextRead] = field(default_factory=list)
     image_embeds: dict[str, ImageEmbedsSettings] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -159,7 +161,7 @@ def read_datasets(path: Path, around: Surroundings) -> tuple[DatasetsFile, Datas
         tuple(inherit_filters(entry, captions.get(entry.id, text_embeds)) for entry in entries)
         for entries in (found.training, found.evaluation)
     )
-    return found, Datasets(training, text_embeds, found.paired, evaluation, captions)
+    return found, Datasets(training, text_embeds, found.paired, evaluation, captions, found.indexes)
 
 
 def _entries(tree: Any, name: str) -> Iterator[Entry]:
@@ -308,6 +310,7 @@ def _add_pictures(
             )
     else:
         found.training += sizes
+    found.indexes |= {each.id: dataset.id for each in sizes if each.id != dataset.id}
     if paired := paired_with(built, found.conditioning):
         found.paired |= {each.id: paired for each in sizes}
 

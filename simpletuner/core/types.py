@@ -44,6 +44,11 @@ class Geometry:
     flip: bool = False
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """All of it, in the order of its fields."""
+        return (*self.source, *self.resize, *self.crop, int(self.flip))
+
+    @property
     def target(self) -> tuple[int, int]:
         """The size that is encoded."""
         return self.crop[2], self.crop[3]

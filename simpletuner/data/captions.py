@@ -6,6 +6,7 @@ from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import NamedTuple
 from unicodedata import normalize
 
 from simpletuner.core.table import Row, Table
@@ -15,8 +16,7 @@ SEPARATOR = "\x1e"
 """Stands between the captions that a row of a table has, in the one text that is kept of them."""
 
 
-@dataclass(frozen=True)
-class CaptionSource:
+class CaptionSource(NamedTuple):
     """What a strategy may make captions of.
 
     Args:
@@ -41,7 +41,7 @@ def from_filename(source: CaptionSource) -> tuple[str, ...]:
 def from_textfile(source: CaptionSource) -> tuple[str, ...]:
     """The text beside the picture: its lines are alternatives; an empty one is the caption ""."""
     text = source.text or ""
-    if not source.multiline:
+    if not source.multiline or "\n" not in text:
         return (text.strip(),)
     lines = tuple(line.strip() for line in text.split("\n") if line.strip())
     return lines or ("",)

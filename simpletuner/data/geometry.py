@@ -185,15 +185,22 @@ class GeometryRule:
             target: The size of the crop.
             key: 64 random bits; only the style ``random`` looks at them.
         """
-        slack = (resize[0] - target[0], resize[1] - target[1])
+        slack = np.array([resize], np.int64) - np.array(target, np.int64)
+        ((left, top),) = self.offsets(slack, np.array([key], np.uint64)).tolist()
+        return Geometry(source=source, resize=resize, crop=(left, top, *target))
+
+    def offsets(self, slack: Sizes, keys: Keys) -> Sizes:
+        """[n, 2] how far the crops lie from the left and from the top.
+
+        Args:
+            slack: [n, 2] by how much a resized picture is larger than its crop.
+            keys: [n] 64 random bits; only the style ``random`` looks at them.
+        """
         if self.style == "random":
-            x, y = (key >> 32, key & 0xFFFFFFFF)
-            offset = ((x * (slack[0] + 1)) >> 32, (y * (slack[1] + 1)) >> 32)
-        elif self.style == "center":
-            offset = (slack[0] // 2, slack[1] // 2)
-        else:
-            offset = (0, 0)
-        return Geometry(source=source, resize=resize, crop=(*offset, *target))
+            parts = np.stack((keys >> np.uint64(32), keys & np.uint64(0xFFFFFFFF)), axis=1)
+            room = (slack + 1).astype(np.uint64)
+            return (parts * room >> np.uint64(32)).astype(np.int64)
+        return slack // 2 if self.style == "center" else np.zeros_like(slack)
 
     def _ratios(self, sizes: Sizes) -> Numbers:
         # Python's round: numpy's multiplies first and can fall on the other side of a tie.

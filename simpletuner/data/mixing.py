@@ -12,8 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from simpletuner.core.seeds import Seeds
+from simpletuner.data.permutation import fractions
 from simpletuner.data.phases import Phase
-from simpletuner.data.units import EPOCHS_KEPT, I32, Units, fractions
+from simpletuner.data.units import EPOCHS_KEPT, I32, Units
 
 LEAST_BLOCK, MOST_BLOCK = 1 << 10, 1 << 20
 """Units within which a dataset has its share under mix: so few where each has at least one of
@@ -85,8 +86,13 @@ class Epochs:
         counts = [self._datasets[place].count for place in phase.active]
         before = [0, *accumulate(counts)]
         first = window * self._accumulation
+        last = min(first + self._accumulation, before[-1])
+        if len(phase.active) == 1:  # its own order, of which nothing has to be held
+            only = phase.active[0]
+            units = self._datasets[only].unit_at(epoch, np.arange(first, last))
+            return [Turn(only, epoch, unit) for unit in units.tolist()]
         found = []
-        for number in self._order(phase.active, epoch)[first : first + self._accumulation].tolist():
+        for number in self._order(phase.active, epoch)[first:last].tolist():
             which = bisect_right(before, number) - 1
             found.append(Turn(phase.active[which], epoch, number - before[which]))
         return found
@@ -138,7 +144,8 @@ class Quotas:
         units = self._datasets[dataset]
         drawn = self._taken[phase][dataset] + block * self._shares(phase.active)[which] + number
         epoch, at = divmod(drawn, units.count)
-        return Turn(dataset, epoch, int(units.order(epoch)[at]))
+        (unit,) = units.unit_at(epoch, np.array([at])).tolist()
+        return Turn(dataset, epoch, unit)
 
     def _within(self, active: tuple[int, ...], which: int, length: int) -> int:
         """How many of the first `length` units of a phase are of one dataset."""

@@ -29,6 +29,7 @@ def open_sources(
             index_folder=index_folder,
             train_batch_size=train_batch_size,
             paired=datasets.paired.get(entry.id, ()),
+            index_name=datasets.indexes.get(entry.id),
             bus=bus,
         )
         for entry in datasets.pictures

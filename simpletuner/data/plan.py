@@ -151,26 +151,25 @@ class BatchPlan:
         A rank without a share of a unit gets the unit's first sample as a ghost of weight 0.
         """
         turns = self._mixing.turns(self.phases.at(step), step)
-        cuts = [self._datasets[turn.dataset].cut(turn.unit) for turn in turns]
-        total = sum(size for _, size in cuts)
+        sizes = [self._datasets[turn.dataset].size(turn.unit) for turn in turns]
+        total = sum(sizes)
         shares, offset = [], 0
-        for turn, (start, size) in zip(turns, cuts, strict=True):
-            shares.append(self._share(turn, start, size, offset, total, rank))
+        for turn, size in zip(turns, sizes, strict=True):
+            shares.append(self._share(turn, size, offset, total, rank))
             offset += size
         return tuple(shares)
 
-    def _share(
-        self, turn: Turn, start: int, size: int, offset: int, total: int, rank: int
-    ) -> PlannedBatch:
+    def _share(self, turn: Turn, size: int, offset: int, total: int, rank: int) -> PlannedBatch:
         low, high = size * rank // self.world, size * (rank + 1) // self.world
         ghost = low == high
         if ghost:
             low, high = 0, 1
         dataset = self._datasets[turn.dataset]
+        rows, occurrences = dataset.draw(turn.epoch, turn.unit, low, high)
         return PlannedBatch(
             source=dataset.index,
-            rows=tuple(dataset.rows(turn.epoch)[start + low : start + high].tolist()),
-            occurrences=dataset.passes(turn.unit, start + low, start + high),
+            rows=rows,
+            occurrences=occurrences,
             weights=(0.0 if ghost else 1.0,) * (high - low),
             positions=tuple(range(offset + low, offset + high)),
             window_samples=total,

@@ -253,6 +253,7 @@ class Datasets:
         paired: The masks and the like of those that have some, by the id of the pictures.
         evaluation: What is never trained on.
         captions: Where captions are kept of those that name an entry of their own, by id.
+        indexes: The name of the index that several resolutions share, by the id of each.
     """
 
     training: tuple[DatasetSettings, ...]
@@ -260,6 +261,7 @@ class Datasets:
     paired: Mapping[str, tuple[DatasetSettings, ...]] = field(default_factory=dict)
     evaluation: tuple[DatasetSettings, ...] = ()
     captions: Mapping[str, TextEmbedsSettings] = field(default_factory=dict)
+    indexes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def all(self) -> tuple[DatasetSettings, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from simpletuner.core.seeds import key64
 from simpletuner.data import buckets
 from simpletuner.data.geometry import Flags, GeometryRule, Keys, SizeFilter, Sizes
-from simpletuner.data.units import mix
+from simpletuner.data.permutation import mix
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from simpletuner.core.errors import DataError
 from simpletuner.core.events import Bus
 from simpletuner.core.files import safe_name
 from simpletuner.core.seeds import Seeds, key64
@@ -21,16 +20,16 @@ from simpletuner.core.types import Geometry, Sample
 from simpletuner.data.beside import Beside
 from simpletuner.data.caption_edits import PLACEHOLDER
 from simpletuner.data.caption_settings import DatasetCaptionSettings
-from simpletuner.data.columns import bytes16, kept, keys_of, sizes_of
-from simpletuner.data.excluded import FAULTS_ALLOWED, Excluded, listed, pictures
+from simpletuner.data.choice import choose
+from simpletuner.data.columns import bytes16, keys_of, sizes_of
+from simpletuner.data.excluded import Excluded, listed, pictures
 from simpletuner.data.files import open_files
-from simpletuner.data.geometry import Sizes
-from simpletuner.data.index import NO_CAPTION, Index, marked
+from simpletuner.data.index import Index, marked
 from simpletuner.data.paired import Paired
+from simpletuner.data.permutation import mix
 from simpletuner.data.pixels import PictureError, decode, opacity, render, render_mask
 from simpletuner.data.rules import background, caption_rule, sizing
 from simpletuner.data.settings import DatasetSettings
-from simpletuner.data.storage.base import PICTURE_SUFFIXES
 
 
 class DataSource:
@@ -82,8 +81,9 @@ class DataSource:
         self._geometry = self._sizing.rule
         self._beside = Beside(paired, table)
         self.masked = settings.alpha_as_mask or self._beside.masks is not None
-        sound, self.rejects = self._sound(self._beside.table)
-        usable, targets, self.left_out = self._wanted(sound)
+        chosen = choose(settings, self._beside, self._captions, self._sizing, index.storage.title)
+        usable, targets = chosen.usable, chosen.targets
+        self.rejects, self.left_out = chosen.rejects, chosen.left_out
         self._unlisted = unlisted
         if unlisted is not None:
             self.left_out = {unlisted.reason: unlisted, **self.left_out}
@@ -107,6 +107,7 @@ class DataSource:
         index_folder: Path,
         train_batch_size: int = 1,
         paired: Sequence[DatasetSettings] = (),
+        index_name: str | None = None,
         bus: Bus,
     ) -> DataSource:
         """Scan a dataset, looking only at what has changed since the last time.
@@ -117,6 +118,8 @@ class DataSource:
             train_batch_size: Of the run, for a dataset that does not say: what a bucket with fewer
                 pictures is rare by.
             paired: The entries of what goes with its pictures.
+            index_name: What its index is called, if it shares it with another dataset of the same
+                files.
             bus: Told of progress and of what is left out.
 
         Raises:
@@ -125,7 +128,7 @@ class DataSource:
         """
         files = open_files(settings, downloads=index_folder / "downloads", bus=bus)
         index = Index(
-            index_folder / f"{safe_name(settings.id)}.parquet",
+            index_folder / f"{safe_name(index_name or settings.id)}.parquet",
             files.storage,
             workers=files.workers,
             bus=bus,
@@ -185,7 +188,16 @@ class DataSource:
         Returns:
             The whole table, with these marked.
         """
-        table = self._whole
+        table = self._marked(self._whole, reasons)
+        # Another resolution of the same files may have found something since.
+        saved, files = self._index.load(), ["path", "content"]
+        if saved.select(files).equals(table.select(files)):
+            self._index.save(self._marked(saved, reasons))
+        else:
+            self._index.save(table)
+        return table
+
+    def _marked(self, table: pa.Table, reasons: Mapping[str, str]) -> pa.Table:
         named = pa.table({"path": list(reasons), "why": list(reasons.values())})
         at = pc.index_in(table["path"], value_set=named["path"].combine_chunks())
         # A copy has the same bytes: what is wrong with one is wrong with all.
@@ -193,9 +205,7 @@ class DataSource:
         first = pc.index_in(table["content"], value_set=contents)
         hit = pc.is_valid(first)
         why = named["why"].take(at.filter(pc.is_valid(at))).take(first)
-        table = marked(table, hit, pa.scalar("reject"), why)
-        self._index.save(table)
-        return table
+        return marked(table, hit, pa.scalar("reject"), why)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -221,21 +231,30 @@ class DataSource:
 
     def geometry(self, row: int) -> Geometry:
         """What is done to a picture whose latents are cached: by its content and the dataset."""
-        return self._placed(row, key64("crop", bytes(self.content[row]), self.id))
+        (key,) = mix(self.keys[row : row + 1], key64("crop", self.id)).tolist()
+        return self._placed(row, key)
+
+    def boxes(self) -> NDArray[np.int32]:
+        """[n, 9] the numbers of each `geometry`, in the order of its fields."""
+        slack = self.resizes.astype(np.int64) - self.buckets
+        offsets = self._geometry.offsets(slack, mix(self.keys, key64("crop", self.id)))
+        unflipped = np.zeros((len(self), 1), np.int32)
+        parts = (self.sizes, self.resizes, offsets.astype(np.int32), self.buckets, unflipped)
+        return np.concatenate(parts, axis=1)
 
     def captions(self, row: int) -> tuple[str, ...]:
         """The captions a draw chooses from."""
         return self._captions.captions(self.path(row), self._texts[row].as_py())
 
-    def all_captions(self) -> list[str]:
-        """Every caption a draw can come with, sorted, each once."""
+    def all_captions(self) -> set[str]:
+        """Every caption a draw can come with."""
         found = {""} if self.settings.caption_dropout_probability > 0 else set()
         for start in range(0, len(self), 1 << 16):
             paths = self._paths.slice(start, 1 << 16).to_pylist()
             texts = self._texts.slice(start, 1 << 16).to_pylist()
             for path, text in zip(paths, texts, strict=True):
                 found.update(self._captions.captions(path, text))
-        return sorted(found)
+        return found
 
     def caption_digest(self) -> str:
         """Changes when a picture's captions do, and when they are drawn in another way.
@@ -401,63 +420,6 @@ class DataSource:
         )
         return self._geometry.place(source, resize, target, key)
 
-    def _sound(self, table: pa.Table) -> tuple[pa.Table, dict[str, str]]:
-        """The rows that can be read and have what belongs to them, the reasons of the others."""
-        folder = self._index.storage.title
-        if not len(table):
-            looked = " ".join(sorted(PICTURE_SUFFIXES))
-            raise DataError(
-                f"dataset {self.id}: there are no pictures in {folder} (looked for {looked})",
-                fix="correct instance_data_dir",
-            )
-        fault = pc.not_equal(table["status"], "ok")
-        if self._captions.has_texts:
-            lacks = pc.is_null(table["caption"])
-            if not self._captions.needs_text:  # one that cannot be read is a fault all the same
-                lacks = pc.and_(lacks, pc.is_valid(table["caption_reason"]))
-            fault = pc.or_(fault, lacks)
-        fault, unpaired = self._beside.lacking(fault)
-        faulty = table.filter(fault)
-        told = [name for name in (*_REASONS, *self._beside.reasons) if name in faulty.column_names]
-        reasons = pc.coalesce(*(faulty[name] for name in told), pa.scalar(NO_CAPTION))
-        rejects = dict(zip(faulty["path"].to_pylist(), reasons.to_pylist(), strict=True))
-        few, share = FAULTS_ALLOWED
-        some = len(rejects) <= max(few, share * len(table)) and unpaired is None
-        allowed = self.settings.allow_excluded or some
-        mend = f"give each a whole {unpaired} of its path and shape"
-        mend = "mend or remove them" if unpaired is None else mend
-        if len(rejects) < len(table) and not allowed:
-            raise DataError(
-                f"dataset {self.id}: {len(rejects)} of {len(table)} pictures cannot be used\n"
-                + "\n".join([listed(rejects), *self._beside.alone(self.id)]),
-                fix=f"{mend}, or set allow_excluded to train on the others",
-            )
-        return kept(table, pc.invert(fault)), rejects
-
-    def _wanted(self, sound: pa.Table) -> tuple[pa.Table, Sizes, dict[str, Excluded]]:
-        """The rows the user's filters leave, the bucket of each, and what each filter took."""
-        sizes, keys = sizes_of(sound), keys_of(bytes16(sound["content"]))
-        targets = self._sizing.targets(sizes, keys)
-        keep = np.ones(len(sound), np.bool_)
-        taken: dict[str, Excluded] = {}
-        for name, out in self._sizing.left_out(sizes, targets, keys).items():
-            gone = np.flatnonzero(out & keep)
-            if len(gone):
-                taken[name] = Excluded(name, len(gone), sound["path"][int(gone[0])].as_py())
-            keep &= ~out
-        if not keep.any():
-            lines = [f"{len(sound) + len(self.rejects)} pictures found"]
-            lines += [f"{len(self.rejects)} cannot be used"] * bool(self.rejects)
-            lines += [f"{out.count} left out by {name}" for name, out in taken.items()]
-            text = "\n".join(f"  {line}" for line in [*lines, "0 left"])
-            lines = [
-                text,
-                *([listed(self.rejects)] if self.rejects else []),
-                *self._beside.alone(self.id),
-            ]
-            raise DataError("\n".join([f"dataset {self.id}: nothing is left to train on", *lines]))
-        return kept(sound, pa.array(keep)), targets[keep], taken
-
     def _captions_with_placeholder(self) -> int:
         """Texts that hold the place of a trigger word where there is none."""
         if not self._captions.has_texts or self.settings.trigger_word:
@@ -488,4 +450,3 @@ class DataSource:
 
 
 _CAPTION_SETTINGS = set(DatasetCaptionSettings.model_fields)
-_REASONS = ("reason", "caption_reason")

@@ -11,14 +11,20 @@ from numpy.typing import NDArray
 
 from simpletuner.core.seeds import Seeds
 from simpletuner.data.buckets import group
+from simpletuner.data.permutation import I64, fractions, mix, permuted
 from simpletuner.data.phases import Span
 
-U64 = NDArray[np.uint64]
 I32 = NDArray[np.int32]
-I64 = NDArray[np.int64]
 
 EPOCHS_KEPT = 2
 """One that is drawn from, and the next one, which is read ahead."""
+
+SORTED = 1 << 16
+"""Up to so many pictures of one size, or units, an order is sorted by a hash of each; beyond, it is
+a permutation that is computed where it is asked for."""
+
+ORDERS_KEPT = 256
+"""Sorted orders that are held: 64 MB at most."""
 
 
 class Drawable(Protocol):
@@ -53,24 +59,11 @@ class Drawable(Protocol):
         """The part of the run in which it is drawn from."""
 
 
-def mix(values: U64, salt: int) -> U64:
-    """The finaliser of splitmix64 over `values` ^ `salt`; numpy does not promise its streams."""
-    x = values ^ np.uint64(salt)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def fractions(values: U64, salt: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1) that depend on `values` and `salt`."""
-    return (mix(values, salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
 class Units:
     """A dataset's draws of an epoch, bucket by bucket and pass by pass, cut into units.
 
-    A bucket's last unit may be short. What is held of each picture is its key and its row, sorted
-    by bucket; all else is a few numbers a bucket, or an epoch's own.
+    A bucket's last unit may be short. What is held of each picture is its row, by bucket and then
+    by its key.
 
     Args:
         source: The dataset.
@@ -81,6 +74,7 @@ class Units:
 
     def __init__(self, source: Drawable, index: int, size: int, seeds: Seeds) -> None:
         self.id, self.index, self.probability = source.id, index, source.probability
+        self._source = source
         self._size, self._seeds = size, seeds
         self._passes = source.repeats + 1
         sizes, bucket = group(source.buckets)
@@ -90,60 +84,81 @@ class Units:
         small = bucket.astype(np.min_scalar_type(len(sizes)))
         order = order[np.argsort(small[order], kind="stable")]
         self._rows: I32 = order.astype(np.int32)
-        self._keys: U64 = source.keys[order]
         counts = np.bincount(bucket, minlength=len(sizes))
         units = -(-counts * self._passes // size)
-        self._sizes, self._units = sizes, units
+        self._sizes = sizes
         self._counts: list[int] = counts.tolist()
         self._first: list[int] = (np.cumsum(counts) - counts).tolist()
         self._before: list[int] = (np.cumsum(units) - units).tolist()
         self.count = int(units.sum())
         self.samples = len(order) * self._passes
-        self.rows = lru_cache(EPOCHS_KEPT)(self._draw)
-        self.order = lru_cache(EPOCHS_KEPT)(self._shuffle)
+        self._order = lru_cache(ORDERS_KEPT)(self._sort)
+        self._unit_order = lru_cache(EPOCHS_KEPT)(self._sort_units)
 
-    def cut(self, unit: int) -> tuple[int, int]:
-        """Where among the epoch's draws a unit begins, and how many it has."""
-        bucket = bisect_right(self._before, unit) - 1
-        done = (unit - self._before[bucket]) * self._size
-        left = self._counts[bucket] * self._passes - done
-        return self._first[bucket] * self._passes + done, min(self._size, left)
+    def size(self, unit: int) -> int:
+        """How many draws a unit has."""
+        bucket, begin = self._place(unit)
+        return min(self._size, self._counts[bucket] * self._passes - begin)
 
-    def passes(self, unit: int, low: int, high: int) -> tuple[int, ...]:
-        """Which pass each draw from `low` to `high`, all of one unit, belongs to."""
-        bucket = bisect_right(self._before, unit) - 1
-        first, count = self._first[bucket] * self._passes, self._counts[bucket]
-        return tuple((draw - first) // count for draw in range(low, high))
+    def draw(
+        self, epoch: int, unit: int, low: int, high: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The draws `low` … `high` - 1 of a unit, counted from its first.
+
+        Returns:
+            The row of each, and which pass through its bucket it belongs to.
+        """
+        bucket, begin = self._place(unit)
+        first, count = self._first[bucket], self._counts[bucket]
+        passes, places = np.divmod(np.arange(begin + low, begin + high), count)
+        rows = np.empty(len(places), np.int64)
+        size = self._sizes[bucket].tolist()
+        for occurrence in np.unique(passes).tolist():
+            own = passes == occurrence
+            if count <= SORTED:
+                rows[own] = first + self._order(epoch, occurrence, bucket)[places[own]]
+            else:
+                key = self._seeds.key("plan order", epoch, self.id, occurrence, *size)
+                rows[own] = first + permuted(places[own], count, key)
+        return tuple(self._rows[rows].tolist()), tuple(passes.tolist())
+
+    def unit_at(self, epoch: int, places: I64) -> I64:
+        """The units that an epoch takes at some places of its order."""
+        if self.count <= SORTED:
+            return self._unit_order(epoch)[places].astype(np.int64)
+        return permuted(places, self.count, self._seeds.key("plan units", epoch, self.id))
 
     def times(self, epoch: int, rate: float) -> NDArray[np.float64]:
         """[units] when each comes up on a clock on which `rate` of them pass a tick."""
-        shuffled = self._shuffle(epoch)
         times = np.empty(self.count)
-        times[shuffled] = np.arange(self.count)
+        times[self.unit_at(epoch, np.arange(self.count))] = np.arange(self.count)
         jitter = fractions(self._unit_keys(), self._seeds.key("plan jitter", epoch, self.id))
         return (times + jitter) / rate
 
-    def _draw(self, epoch: int) -> I32:
-        """[samples] the rows in the order an epoch draws them."""
-        drawn = np.empty(self.samples, np.int32)
-        for occurrence in range(self._passes):
-            salt = self._seeds.key("plan order", epoch, self.id, occurrence)
-            keys = mix(self._keys, salt)
-            for first, count in zip(self._first, self._counts, strict=True):
-                own = slice(first, first + count)
-                at = first * self._passes + occurrence * count
-                drawn[at : at + count] = self._rows[own][np.argsort(keys[own], kind="stable")]
-        return drawn
+    def _sort(self, epoch: int, occurrence: int, bucket: int) -> I32:
+        """[count] the pictures of a bucket in the order of a hash of their contents.
 
-    def _shuffle(self, epoch: int) -> I32:
-        """[units] their numbers in the order an epoch takes them."""
+        One more picture leaves the order of the others as it is.
+        """
+        own = slice(self._first[bucket], self._first[bucket] + self._counts[bucket])
+        keys = self._source.keys[self._rows[own]]
+        salt = self._seeds.key("plan order", epoch, self.id, occurrence)
+        return np.argsort(mix(keys, salt), kind="stable").astype(np.int32)
+
+    def _sort_units(self, epoch: int) -> I32:
         keys = mix(self._unit_keys(), self._seeds.key("plan units", epoch, self.id))
         return np.argsort(keys, kind="stable").astype(np.int32)
 
-    def _unit_keys(self) -> U64:
+    def _unit_keys(self) -> NDArray[np.uint64]:
         """[units] what each is shuffled by: its size and its number within the bucket."""
         width, height = (self._sizes[:, axis].astype(np.uint64) for axis in (0, 1))
-        size = np.repeat(mix(width << np.uint64(32) | height, 0), self._units)
-        number = np.arange(self.count) - np.repeat(self._before, self._units)
-        keys: U64 = size ^ number.astype(np.uint64)
+        counts = np.diff([*self._before, self.count])
+        size = np.repeat(mix(width << np.uint64(32) | height, 0), counts)
+        number = np.arange(self.count) - np.repeat(self._before, counts)
+        keys: NDArray[np.uint64] = size ^ number.astype(np.uint64)
         return keys
+
+    def _place(self, unit: int) -> tuple[int, int]:
+        """A unit's bucket, and its first draw among those of the bucket's passes."""
+        bucket = bisect_right(self._before, unit) - 1
+        return bucket, (unit - self._before[bucket]) * self._size

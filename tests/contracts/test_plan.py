@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -14,9 +13,10 @@ import pytest
 from simpletuner.core.errors import DataError
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import PlannedBatch
+from simpletuner.data import units as data_units
+from simpletuner.data.permutation import mix
 from simpletuner.data.phases import Span
 from simpletuner.data.plan import BatchPlan
-from simpletuner.data.units import mix
 
 EVERYWHERE = Span()
 SIDES = (256, 320, 384, 448, 512, 576, 640)
@@ -375,13 +375,18 @@ def test_two_threads_may_ask_at_once() -> None:
 
 
 @pytest.mark.slow
-def test_a_million_pictures_cost_under_a_millisecond_a_window() -> None:
-    rng = np.random.default_rng(0)
-    keys = rng.integers(0, 2**63, 1_000_000).astype(np.uint64)
-    buckets = rng.integers(4, 10, (1_000_000, 2)).astype(np.int32) * 64
-    plan = plan_of(Pictures("million", keys, buckets), batch=16, accumulation=4)
-    plan.window(0)
-    start = time.perf_counter()
-    for step in range(1000):
-        plan.window(step)
-    assert time.perf_counter() - start < 1.0
+def test_large_buckets_and_many_units_are_drawn_once_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beyond what is sorted, here 100 pictures of one size, and as many units."""
+    monkeypatch.setattr(data_units, "SORTED", 100)
+    count = 1_003
+    source = one(count, repeats=1)
+    plan = plan_of(source, batch=1, accumulation=10)
+    seen = np.zeros((count, 2), int)
+    for window in epoch_of(plan, 0):
+        for batch in window:
+            seen[batch.rows[0], batch.occurrences[0]] += 1
+    assert (seen == 1).all()
+    first, again = (plan_of(source, batch=1).window(step)[0].rows for step in (7, 8))
+    assert first != again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,26 @@ def test_captions_and_latents_lie_where_entries_say(
     assert found[str(tmp_path / "kept" / "pictures")]["present"] == 8
     (usual,) = (each for folder, each in found.items() if "cache/text" in folder)
     assert usual["wanted"] == usual["present"] == 0  # no prompt is validated
+
+
+def test_one_index_serves_all_resolutions_of_an_entry(tiny_sdxl: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", tiny_sdxl)
+    run.dataset |= {"resolution": [48, 64], "allow_excluded": True}
+    broken = run.pictures / "a_picture_number_3.png"
+    broken.write_bytes(broken.read_bytes()[:90])  # its header is whole
+    for path in run.pictures.iterdir():
+        os.utime(path, (1, 1))  # none so young that it is looked at again
+    assert main(["train", "--config", write_sets(run)]) == 0
+
+    index = run.out / "cache" / "index"
+    assert [path.name for path in index.glob("*.parquet")] == ["pictures.parquet"]
+    looked = [e for e in run.events("stage") if e["stage"].startswith("index") and e["total"]]
+    assert sum(e["total"] for e in looked if e["state"] == "finished") == 8
+    assert {path.name for path in (run.out / "cache" / "vae" / "sdxl" / "pictures").iterdir()} == {
+        "48",
+        "64",
+    }
+
+    encoded = run.encoded()
+    assert main(["train", "--config", write_sets(run), "--max_train_steps=4"]) == 0
+    assert run.encoded() == encoded  # what one of them found of the broken one, both know

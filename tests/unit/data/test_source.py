@@ -137,13 +137,13 @@ def test_captions_come_from_text_files_with_any_line_ends(tmp_path: Path) -> Non
         ("",),
         ("café",),
     ]
-    assert source.all_captions() == ["", "café", "one", "two"]
+    assert sorted(source.all_captions()) == ["", "café", "one", "two"]
     assert "read as cp1252: b.txt" in said
 
 
 def test_all_captions_hold_the_empty_one_if_dropout_can_happen(folder: Path) -> None:
-    assert opened(folder).all_captions() == ["a cat", "dog", "ox"]
-    assert opened(folder, caption_dropout_probability=0.1).all_captions()[0] == ""
+    assert sorted(opened(folder).all_captions()) == ["a cat", "dog", "ox"]
+    assert "" in opened(folder, caption_dropout_probability=0.1).all_captions()
 
 
 def test_every_drawn_caption_is_among_all_captions(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_every_drawn_caption_is_among_all_captions(tmp_path: Path) -> None:
         caption_dropout_probability=0.2,
     )
     drawn = {source.sample(0, epoch, 0, SEEDS).caption for epoch in range(200)}
-    assert sorted(drawn) == source.all_captions()
+    assert set(drawn) == source.all_captions()
     assert drawn == {"", "sks one", "sks two", "zwx one", "zwx two"}
 
 
@@ -165,7 +165,7 @@ def test_only_instance_prompt_needs_no_text_file(folder: Path) -> None:
     source = opened(
         folder, caption_strategy="textfile", only_instance_prompt=True, instance_prompt="sks"
     )
-    assert source.all_captions() == ["sks"]
+    assert sorted(source.all_captions()) == ["sks"]
 
 
 def test_dropout_is_as_frequent_as_asked_and_keyed_by_the_draw(folder: Path) -> None:
@@ -197,17 +197,17 @@ def test_every_variant_of_a_caption_is_listed_and_drawn(tmp_path: Path) -> None:
         data, caption_strategy="textfile", caption_shuffle=shuffle, caption_suffix=", end"
     )
     drawn = {source.sample(0, epoch, 0, SEEDS).caption for epoch in range(200)}
-    assert sorted(drawn) == source.all_captions()
+    assert set(drawn) == source.all_captions()
     assert len(drawn) == 6
     assert all(text.startswith("a, ") and text.endswith(", end") for text in drawn)
     off = opened(data, caption_strategy="textfile", caption_shuffle={**shuffle, "enable": False})
-    assert off.all_captions() == ["a, b, c, d, e, f, g"]
+    assert off.all_captions() == {"a, b, c, d, e, f, g"}
 
 
 def test_a_filter_changes_the_captions_it_finds_something_in_and_no_other(folder: Path) -> None:
     before, after = opened(folder), opened(folder, caption_filter_list=("^a ",))
-    assert before.all_captions() == ["a cat", "dog", "ox"]
-    assert after.all_captions() == ["cat", "dog", "ox"]
+    assert before.all_captions() == {"a cat", "dog", "ox"}
+    assert after.all_captions() == {"cat", "dog", "ox"}
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_placeholder_without_a_trigger_word_is_told(tmp_path: Path) -> None:
     picture(data, "a.png", caption="a [trigger] cat")
     picture(data, "b.png", caption="a dog")
     source, said = told(data, caption_strategy="textfile", trigger_word="zwx")
-    assert source.all_captions() == ["a dog", "a zwx cat"]
+    assert sorted(source.all_captions()) == ["a dog", "a zwx cat"]
     assert "[trigger]" not in said
     _, said = told(data, caption_strategy="textfile")
     assert "1 caption holds [trigger] and there is no trigger_word" in said
