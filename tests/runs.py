@@ -58,6 +58,7 @@ class Run:
             "validation_step_interval": 0,
             "disable_benchmark": True,
         }
+        self.more: list[Mapping[str, Any]] = []
         self.dataset: dict[str, Any] = {
             "id": "pictures",
             "type": "local",
@@ -78,7 +79,8 @@ class Run:
         self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / "config.json"
         path.write_text(json.dumps({**self.settings, **settings}, indent=1))
-        (self.root / "multidatabackend.json").write_text(json.dumps([self.dataset], indent=1))
+        entries = json.dumps([self.dataset, *self.more], indent=1)
+        (self.root / "multidatabackend.json").write_text(entries)
         return path
 
     def train(self, **settings: Any) -> int:
@@ -90,6 +92,10 @@ class Run:
         lines = (self.out / "events.jsonl").read_text().splitlines()
         found = [json.loads(line) for line in lines]
         return [event for event in found if kind in (None, event["event"])]
+
+    def notices(self) -> str:
+        """What the user was told besides."""
+        return "\n".join(event["text"] for event in self.events("notice"))
 
     def losses(self) -> list[float]:
         """The loss of every step that was told."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,10 @@ class Way(Run):
             "peft_lora_target_modules": ["to_q"],
             "validation_disable": True,
         }
-        self.more: list[Mapping[str, Any]] = []
-
-    def write(self, **settings: Any) -> Path:
-        path = super().write(**settings)
-        entries = [self.dataset, *self.more]
-        (self.root / "multidatabackend.json").write_text(json.dumps(entries))
-        return path
 
     def steps(self) -> list[int]:
         """The number of every step that was told, in all starts."""
         return [event["step"] for event in self.events("step")]
-
-    def notices(self) -> str:
-        return "\n".join(event["text"] for event in self.events("notice"))
 
     def names(self) -> set[str]:
         """The checkpoints, and the folders of earlier ones."""

@@ -61,8 +61,9 @@ class Caches:
         return self.latents.open_vae()
 
     def close(self) -> None:
-        """Let the VAE go, and seal what was encoded on demand."""
+        """Let VAE and text encoders go, and seal what was encoded on demand."""
         self.latents.close()
+        self.text.close()
 
 
 def masks(

@@ -49,11 +49,13 @@ class CacheSettings(Section):
     write_batch_size: int = setting(128, ge=1, unit="entries")
     """Entries handed to the disk at once; larger is faster, and loses more work when killed."""
 
-    text_cache_ondemand: bool = setting(False, pending=True)
-    """Encode each caption when training first meets it, which keeps the text encoders loaded."""
+    text_cache_ondemand: bool = setting(False)
+    """Encode each caption when training first meets it, then keep it; the text encoders stay
+    loaded."""
 
-    text_cache_disable: bool = setting(False, pending=True)
-    """Encode each caption at every visit and keep nothing."""
+    text_cache_disable: bool = setting(False)
+    """Encode each caption at every visit and keep nothing; the text encoders stay loaded, and every
+    step is slower."""
 
     compress_disk_cache: bool = setting(False, pending=True)
     """Compress cached tensors; they hardly shrink, and every read gets slower."""

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
 import numpy as np
 import torch
 
 from simpletuner.cache.fingerprint import text_keys
-from simpletuner.cache.stage import EncodingStage, encoding, nothing_to_encode, release_memory
+from simpletuner.cache.stage import (
+    EncodingStage,
+    encoding,
+    nothing_to_encode,
+    release_memory,
+    require_finite,
+)
 from simpletuner.cache.store import naming
 from simpletuner.cache.truncation import cut_captions
 from simpletuner.core.errors import CacheError
@@ -49,6 +55,8 @@ class TextCache:
         place: Where and in what dtype the encoders run.
         batch_size: Captions encoded at once.
         encoders: What they are held in.
+        keeps: False if each caption is encoded at every visit.
+        waits: True if a caption is encoded when it is first asked for.
     """
 
     def __init__(
@@ -59,13 +67,16 @@ class TextCache:
         *,
         batch_size: int = 4,
         encoders: Encoders | None = None,
+        keeps: bool = True,
+        waits: bool = False,
     ) -> None:
         unknown = {name: kind for name, kind in family.layouts.items() if kind != "stack"}
         if unknown:
             raise NotImplementedError(f"{family.name}: no way to batch {unknown} was built")
         self._family, self._store, self._place = family, store, place
         self._batch_size = batch_size
-        self._encoders = encoders
+        self._encoders, self._keeps, self._live = encoders, keeps, waits or not keeps
+        self._pipe: Any = None
         self._numbers = str(place.dtype)
         for part in family.text_parts:
             name = encoders.format(part) if encoders and part.startswith("text_encoder") else ""
@@ -75,6 +86,8 @@ class TextCache:
 
     def prepare(self, captions: Mapping[str, Iterable[str]], bus: Bus) -> None:
         """Encode those of `captions` that are missing; without any, no encoder is opened.
+
+        Where captions are encoded when they are asked for, nothing is encoded now.
 
         Args:
             captions: By whose they are, for messages.
@@ -88,10 +101,19 @@ class TextCache:
         wanted = list(set().union(*held.values()))
         keys = self._keys(wanted)
         new = {wanted[i] for i in np.flatnonzero(self._store.locate(keys) < 0).tolist()}
+        if not self._keeps:
+            new = set(wanted)
         if not new:
             nothing_to_encode(STAGE, len(wanted), bus)
             return
         self._tell_cut({title: sorted(new & each) for title, each in held.items()}, bus)
+        if self._live:
+            when = "first needs it" if self._keeps else "needs it"
+            bus.notice(
+                f"{STAGE}: {len(new)} captions, each encoded when training {when}; the text"
+                " encoders stay loaded"
+            )
+            return
         ordered = sorted(new)
         encoders = self._encode(dict(zip(self._keys(ordered), ordered, strict=True)), bus)
         release_memory(self._place.device, encoders)
@@ -109,15 +131,22 @@ class TextCache:
         """The conditioning of B captions by the pipeline's argument names, [B, …], on the CPU.
 
         Raises:
-            CacheError: One was never prepared, or its entry is damaged.
+            CacheError: One was never prepared, its entry is damaged, or the memory is full.
         """
+        if not self._keeps:
+            made = [self._now(caption) for caption in captions]
+            return {name: torch.stack([each[name] for each in made]) for name in made[0]}
         rows = self._store.locate(self._keys(captions))
         if (rows < 0).any():
-            absent = captions[int((rows < 0).argmax())]
-            raise CacheError(
-                f"the caption {absent!r} is not in the cache {self._store.folder}",
-                fix="start again: missing captions are encoded before training",
-            )
+            absent = [captions[i] for i in np.flatnonzero(rows < 0).tolist()]
+            if not self._live:
+                raise CacheError(
+                    f"the caption {absent[0]!r} is not in the cache {self._store.folder}",
+                    fix="start again: missing captions are encoded before training",
+                )
+            for caption, key in zip(absent, self._keys(absent), strict=True):
+                self._store.put(key, self._now(caption))
+            rows = self._store.locate(self._keys(captions))
         slots = {slot.name: slot for slot in self._store.layout(int(rows[0]))}
         batch = {
             name: torch.empty((len(rows), *slots[name].shape), dtype=slots[name].dtype)
@@ -127,6 +156,24 @@ class TextCache:
             with naming(f"the caption {captions[i]!r}"):
                 self._store.read_into(row, {name: tensor[i] for name, tensor in batch.items()})
         return batch
+
+    def close(self) -> None:
+        """Let the encoders go, and seal what was encoded on demand."""
+        if self._pipe is not None:
+            encoders, self._pipe = _modules(self._pipe), None
+            release_memory(self._place.device, encoders)
+        self._store.seal()
+
+    def _now(self, caption: str) -> dict[str, torch.Tensor]:
+        """The conditioning of one caption, without the batch dimension, on the CPU."""
+        if self._pipe is None:
+            self._pipe = self._family.open_text(self._place, self._encoders)
+        with encoding("1 caption", self._less_memory(1)):
+            (embeds,) = self._family.encode_text(self._pipe, [caption])
+        made = {name: tensor.cpu() for name, tensor in embeds.items()}
+        for tensor in made.values():
+            require_finite(tensor, STAGE, _FIX)
+        return made
 
     def _tell_cut(self, captions: Mapping[str, Sequence[str]], bus: Bus) -> None:
         """Say once, before they are encoded, which captions the encoders see only in part."""
@@ -149,8 +196,7 @@ class TextCache:
                 stage.put(
                     [(self._store, key, each) for key, each in zip(group, embeds, strict=True)]
                 )
-        held = pipe.components.values()
-        return [ref(each) for each in held if isinstance(each, torch.nn.Module)]
+        return _modules(pipe)
 
     def _less_memory(self, count: int) -> str:
         """What is left to do where `count` captions at once are too much."""
@@ -163,6 +209,12 @@ class TextCache:
 
     def _keys(self, captions: Iterable[str]) -> list[bytes]:
         return text_keys(captions, model=self._model, dtype=self._numbers)
+
+
+def _modules(pipe: Any) -> list[ref[torch.nn.Module]]:
+    """The networks of a pipeline that is let go."""
+    parts = pipe.components.values()
+    return [ref(each) for each in parts if isinstance(each, torch.nn.Module)]
 
 
 class TextCaches:
@@ -184,6 +236,11 @@ class TextCaches:
     def of(self, dataset: str) -> TextCache:
         """The one of a dataset."""
         return self._own.get(dataset, self.default)
+
+    def close(self) -> None:
+        """Let the encoders go, and seal what was encoded on demand."""
+        for cache in self.all:
+            cache.close()
 
     def prepare(
         self, captions: Mapping[str, Iterable[str]], prompts: Iterable[str], bus: Bus

@@ -420,6 +420,8 @@ def _choose_text_embeds(
             text_root=around.cache.text_root(around.output_dir, around.model_family),
             text_encoder_batch_size=around.cache.text_encoder_batch_size,
             write_batch_size=around.cache.write_batch_size,
+            text_cache_ondemand=around.cache.text_cache_ondemand,
+            text_cache_disable=around.cache.text_cache_disable,
         )
 
     known = {entry.id: inherited(entry) for entry, _ in found.text_embeds}

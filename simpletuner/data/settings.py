@@ -231,11 +231,13 @@ class TextEmbedsSettings(EntrySettings):
     skip_file_discovery: Nothing = setting("")
     """Start-up stages to leave out: none, for what is cached is never encoded twice."""
 
-    text_cache_ondemand: bool = setting(False, pending=True)
-    """Encode each caption when training first meets it."""
+    text_cache_ondemand: bool = setting(False)
+    """Encode each caption when training first meets it, then keep it; the text encoders stay
+    loaded."""
 
-    text_cache_disable: bool = setting(False, pending=True)
-    """Encode each caption at every visit and keep nothing."""
+    text_cache_disable: bool = setting(False)
+    """Encode each caption at every visit and keep nothing; the text encoders stay loaded, and every
+    step is slower."""
 
     caption_filter_list: Path | tuple[str, ...] | None = setting(None, path=True)
     """What is removed from captions: a list, a .json file of one, or a .txt file with an entry on
@@ -347,15 +349,22 @@ def inherit_text_embeds(
     text_root: Path,
     text_encoder_batch_size: int = 1,
     write_batch_size: int = 128,
+    text_cache_ondemand: bool = False,
+    text_cache_disable: bool = False,
 ) -> TextEmbedsSettings:
-    """`entry` with every value it does not give taken from the cache settings of the run."""
+    """`entry` with every value it does not give taken from the cache settings of the run.
+
+    The two text_cache switches are on where either place turns them on.
+    """
     wider = {
         "cache_dir": text_root,
         "text_encoder_batch_size": text_encoder_batch_size,
         "write_batch_size": write_batch_size,
     }
-    given = entry.model_fields_set
-    return entry.model_copy(update={k: v for k, v in wider.items() if k not in given})
+    filled: dict[str, Any] = {k: v for k, v in wider.items() if k not in entry.model_fields_set}
+    filled["text_cache_ondemand"] = entry.text_cache_ondemand or text_cache_ondemand
+    filled["text_cache_disable"] = entry.text_cache_disable or text_cache_disable
+    return entry.model_copy(update=filled)
 
 
 def inherit_filters(entry: DatasetSettings, text_embeds: TextEmbedsSettings) -> DatasetSettings:

@@ -89,8 +89,15 @@ def open_caches(
         assert entry.cache_dir is not None, "inherited values are filled in"
         size = entry.write_batch_size
         store = TensorStore.open(entry.cache_dir, rank=place.rank, write_batch_size=size, bus=bus)
-        together = entry.text_encoder_batch_size
-        return TextCache(family, store, place, batch_size=together, encoders=quantiser)
+        return TextCache(
+            family,
+            store,
+            place,
+            batch_size=entry.text_encoder_batch_size,
+            encoders=quantiser,
+            keeps=not entry.text_cache_disable,
+            waits=entry.text_cache_ondemand,
+        )
 
     entries = {each.id: each for each in (datasets.text_embeds, *datasets.captions.values())}
     kept = {name: opened(entry) for name, entry in entries.items()}

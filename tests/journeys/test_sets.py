@@ -16,10 +16,8 @@ from tests.runs import Run, make_pictures
 
 def write_sets(run: Run, *more: dict[str, Any]) -> str:
     """The settings, and a datasets file with more entries; the arguments that name them."""
-    config = run.write(validation_disable=True, max_train_steps=3)
-    file = run.root / "multidatabackend.json"
-    file.write_text(json.dumps([*json.loads(file.read_text()), *more]))
-    return str(config)
+    run.more = list(more)
+    return str(run.write(validation_disable=True, max_train_steps=3))
 
 
 def held_out(run: Run) -> dict[str, Any]:
