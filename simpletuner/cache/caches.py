@@ -9,18 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn.functional import adaptive_avg_pool2d
-
-from simpletuner.core.errors import DataError
 from simpletuner.core.types import Batch
-from simpletuner.data.pixels import PictureError
 
 if TYPE_CHECKING:
     from simpletuner.cache.latents import LatentCache
+    from simpletuner.cache.masks import MaskCache
     from simpletuner.cache.text import TextCaches
     from simpletuner.core.seeds import Seeds
-    from simpletuner.core.types import Embeds, PlannedBatch, Sample
+    from simpletuner.core.types import Embeds, PlannedBatch
     from simpletuner.data.source import DataSource
 
 
@@ -36,6 +32,7 @@ class Caches:
     latents: LatentCache
     text: TextCaches
     seeds: Seeds
+    masks: MaskCache
 
     def batch(self, planned: PlannedBatch) -> Batch:
         """The tensors of one micro-batch, on the CPU."""
@@ -49,7 +46,9 @@ class Caches:
             latents=latents,
             embeds=self.text.of(source.id).embeds([sample.caption for sample in samples]),
             samples=samples,
-            mask=masks(source, planned.rows, samples, latents.shape[-2:]),
+            mask=self.masks.masks(
+                source, planned.rows, samples, (latents.shape[-2], latents.shape[-1])
+            ),
         )
 
     def embeds(self, captions: Sequence[str]) -> Embeds:
@@ -64,30 +63,3 @@ class Caches:
         """Let VAE and text encoders go, and seal what was encoded on demand."""
         self.latents.close()
         self.text.close()
-
-
-def masks(
-    source: DataSource, rows: Sequence[int], samples: Sequence[Sample], cells: Sequence[int]
-) -> torch.Tensor | None:
-    """[B, 1, h, w] fp32 in 0..1, the share of each latent cell that is learned; None for all.
-
-    Args:
-        source: The dataset of the draws.
-        rows: Of their pictures.
-        samples: The draws.
-        cells: h and w.
-
-    Raises:
-        DataError: A mask cannot be decoded, or was changed since it was indexed.
-    """
-    if not any(sample.masked for sample in samples):
-        return None
-    found = torch.ones(len(samples), 1, *cells)
-    for mask, row, sample in zip(found, rows, samples, strict=True):
-        if sample.masked:
-            try:
-                pixels = torch.from_numpy(source.mask(row, sample.geometry))
-            except PictureError as error:
-                raise DataError(error.message, fix="repair it and start again") from error
-            mask[:] = adaptive_avg_pool2d(pixels[None].float() / 255, list(cells))
-    return found

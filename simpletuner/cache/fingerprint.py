@@ -20,6 +20,7 @@ from simpletuner.core.types import Geometry
 
 TEXT_VERSION = 2
 LATENT_VERSION = 2
+MASK_VERSION = 1
 KEY_BYTES = 16
 
 
@@ -64,15 +65,33 @@ def latent_keys(
         pixels: Whatever else shaped the pixels: the colour that shows through alpha.
         tiling: Whether large pictures are encoded in overlapping tiles.
     """
+    begin = _begun("latents", LATENT_VERSION, model, dtype, dataset, pixels, tiling)
     if not isinstance(contents, np.ndarray):
         contents = np.frombuffer(b"".join(map(bytes.fromhex, contents)), "V16")
     if not isinstance(boxes, np.ndarray):
         boxes = np.array([each.numbers for each in boxes], np.int32).reshape(-1, 9)
-    begin = _begun("latents", LATENT_VERSION, model, dtype, dataset, pixels, tiling)
+    return _combined(begin, contents, boxes)
+
+
+def mask_keys(
+    contents: NDArray[np.void], boxes: NDArray[np.int32], *, kind: str, cells: tuple[int, int]
+) -> list[bytes]:
+    """16 bytes for each of n masks in latent cells.
+
+    Args:
+        contents: [n] digests of the files that hold the masks, 16 bytes each.
+        boxes: [n, 9] what is done to the pictures and to their masks.
+        kind: Of what in the file the mask is made.
+        cells: Their height and width.
+    """
+    return _combined(_begun("mask", MASK_VERSION, kind, cells), contents, boxes)
+
+
+def _combined(begin: Any, contents: NDArray[np.void], boxes: NDArray[np.int32]) -> list[bytes]:
+    """Each content combined with the digest of its box, which is made once for all alike."""
     rows = np.ascontiguousarray(boxes.astype("<i4"))
-    size = rows.shape[1] * 4
     flat = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(size), len(rows), [None, pa.py_buffer(rows)]
+        pa.binary(rows.shape[1] * 4), len(rows), [None, pa.py_buffer(rows)]
     ).dictionary_encode()
     digests = []
     for box in flat.dictionary.to_pylist():
@@ -80,8 +99,8 @@ def latent_keys(
         digest.update(box)
         digests.append(digest.digest())
     rest = np.frombuffer(b"".join(digests), "V16")[flat.indices.to_numpy()]
-    halves = [np.ascontiguousarray(each).view(np.uint64) for each in (contents, rest)]
-    keys: list[bytes] = (halves[0] ^ halves[1]).view("S16").tolist() if len(rows) else []
+    ours, theirs = (np.ascontiguousarray(each).view(np.uint64) for each in (contents, rest))
+    keys: list[bytes] = (ours ^ theirs).view("S16").tolist() if len(rows) else []
     return [key.ljust(KEY_BYTES, b"\0") for key in keys]  # numpy drops zeros at the end
 
 

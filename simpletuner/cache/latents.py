@@ -52,6 +52,9 @@ class LatentCache:
         settings: How the VAE goes about it.
         place: Where and in what dtype the VAE runs.
         seeds: Of the noise that is drawn afresh where nothing is kept.
+
+    Attributes:
+        stores: As above.
     """
 
     def __init__(
@@ -62,7 +65,8 @@ class LatentCache:
         place: Place,
         seeds: Seeds,
     ) -> None:
-        self._family, self._stores, self._settings = family, stores, settings
+        self._family, self._settings = family, settings
+        self.stores = stores
         self._place, self._seeds = place, seeds
         self._model = family.fingerprint("vae")
         self._vae: Any = None
@@ -102,7 +106,7 @@ class LatentCache:
         for source in sources:
             keys = self._all_keys(source)
             first: dict[bytes, int] = {}
-            for row in np.flatnonzero(self._stores[source.id].locate(keys) < 0).tolist():
+            for row in np.flatnonzero(self.stores[source.id].locate(keys) < 0).tolist():
                 first.setdefault(keys[row], row)
             for key, row in first.items():
                 content = bytes(source.content[row]).hex()
@@ -144,18 +148,28 @@ class LatentCache:
         )
         stage.put(
             [
-                (self._stores[task.source.id], task.key, {TENSOR: latent})
+                (self.stores[task.source.id], task.key, {TENSOR: latent})
                 for task, latent in zip(tasks, latents, strict=True)
             ]
         )
 
     def folder(self, source: DataSource) -> Path:
         """Where the latents of a dataset that keeps them are."""
-        return self._stores[source.id].folder
+        return self.stores[source.id].folder
 
     def keys(self, source: DataSource) -> set[bytes]:
         """The entries of a dataset's pictures."""
         return set(self._all_keys(source))
+
+    def factor(self, source: DataSource) -> int | None:
+        """Pixels along the edge of a latent cell of a dataset; None while nothing is kept of it."""
+        keys = self._all_keys(source)
+        rows = self.stores[source.id].locate(keys)
+        there = np.flatnonzero(rows >= 0)
+        if not len(there):
+            return None
+        (slot,) = self.stores[source.id].layout(int(rows[there[0]]))
+        return int(source.buckets[there[0], 1]) // int(slot.shape[-2])
 
     # --- while training --------------------------------------------------------------------------
 
@@ -168,7 +182,7 @@ class LatentCache:
         """
         if source.settings.vae_cache_disable:
             return self._fresh(source, samples, epoch)
-        store = self._stores[source.id]
+        store = self.stores[source.id]
         drawn = [sample.id for sample in samples], [sample.geometry for sample in samples]
         keys = self._keys(source, *drawn)
         rows = store.locate(keys)
@@ -193,7 +207,7 @@ class LatentCache:
         noise = [_fixed_noise(sample.id, source.id) for sample in samples.values()]
         latents = self._encode_samples(source, list(samples.values()), noise)
         for key, latent in zip(samples, latents, strict=True):
-            self._stores[source.id].put(key, {TENSOR: latent})
+            self.stores[source.id].put(key, {TENSOR: latent})
 
     def _fresh(self, source: DataSource, samples: Sequence[Sample], epoch: int) -> torch.Tensor:
         noise = [
@@ -216,7 +230,7 @@ class LatentCache:
     def close(self) -> None:
         """Let the VAE go, and seal what was encoded on demand."""
         self._release()
-        for store in self._stores.values():
+        for store in self.stores.values():
             store.seal()
 
     def _release(self) -> None:

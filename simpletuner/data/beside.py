@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from PIL import Image
 
 from simpletuner.data.excluded import listed
@@ -77,6 +79,10 @@ class Beside:
     def image(self, each: Paired, row: int) -> Image.Image:
         """The file of one set that goes with a row; see `Paired.image`."""
         return each.image(int(self._rows[each.id][row]))
+
+    def contents(self, each: Paired, rows: NDArray[np.int64]) -> NDArray[np.void]:
+        """[k] void of 16 bytes, the digests of the files of one set that go with some rows."""
+        return each.contents(self._rows[each.id][rows])
 
     def alone(self, dataset: str) -> list[str]:
         """Names the files without a picture; empty without any."""

@@ -172,10 +172,13 @@ class Paired:
             rows: [n] the number of each picture's file.
             keys: [n] of the pictures; they count in this order.
         """
-        content = bytes16(self._table["content"].take(pa.array(rows)))
-        words = content.view(">u8").reshape(-1, 2).astype("<u8")
+        words = self.contents(rows).view(">u8").reshape(-1, 2).astype("<u8")
         order = np.lexsort((words[:, 1], words[:, 0], keys))
         return f"{key64(words[order].tobytes()):016x}"
+
+    def contents(self, rows: NDArray[np.int32]) -> NDArray[np.void]:
+        """[k] void of 16 bytes, the digests of some files."""
+        return bytes16(self._table["content"].take(pa.array(rows)))
 
     def image(self, row: int) -> Image.Image:
         """One file, upright, in mode RGB; a mask in mode L, white where its picture is learned.

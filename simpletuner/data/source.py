@@ -369,6 +369,11 @@ class DataSource:
         path, content = self.path(row), bytes(self.content[row]).hex()
         return render_mask(self._decoded(path, content, opacity), geometry)
 
+    def mask_contents(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
+        """[k] void of 16 bytes, the digests of the files that hold the masks of some pictures."""
+        masks = self._beside.masks
+        return self.content[rows] if masks is None else self._beside.contents(masks, rows)
+
     @property
     def conditions(self) -> tuple[tuple[str, str], ...]:
         """The id and conditioning_type of each set of pictures that goes with these."""

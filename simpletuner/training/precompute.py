@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from simpletuner.cache.caches import Caches
 from simpletuner.cache.latents import LatentCache, open_stores
+from simpletuner.cache.masks import MaskCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.cache.text import TextCache, TextCaches
 from simpletuner.cache.upkeep import damaged
@@ -132,5 +133,5 @@ def precompute(
         text.prepare(captions, prompts.captions(), bus)
         sound = latents.prepare(sources, bus)
         if all(new is old for old, new in zip(sources, sound, strict=True)):
-            return Caches(sound, latents, text, seeds)
+            return Caches(sound, latents, text, seeds, MaskCache(latents.stores))
         sources = sound  # without what is undecodable, others may be drawn, or cut to other sizes

@@ -159,6 +159,7 @@ COMMANDS = Table(
 
 def wanted_of(runs: Sequence[Loaded], bus: Bus) -> list[Wanted]:
     """The cache folders of some settings, each once, and what they want of it."""
+    from simpletuner.cache.masks import MaskCache
     from simpletuner.training.precompute import open_caches
 
     titles: dict[Path, str] = {}
@@ -180,7 +181,10 @@ def wanted_of(runs: Sequence[Loaded], bus: Bus) -> list[Wanted]:
                 continue
             place = latents.folder(source).resolve()
             titles.setdefault(place, f"latents of {source.id}")
-            keys.setdefault(place, set()).update(latents.keys(source))
+            wanted = keys.setdefault(place, set())
+            wanted |= latents.keys(source)
+            if (factor := latents.factor(source)) is not None:
+                wanted |= MaskCache(latents.stores).keys(source, factor)
     return [Wanted(titles[place], place, frozenset(keys[place])) for place in titles]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from simpletuner.cache.caches import Caches, masks
-from simpletuner.cache.latents import LatentCache
+from simpletuner.cache.caches import Caches
+from simpletuner.cache.latents import LatentCache, open_stores
+from simpletuner.cache.masks import MaskCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.cache.text import TextCache, TextCaches
 from simpletuner.core.events import Bus
@@ -45,7 +47,7 @@ def test_every_row_of_a_batch_is_one_pictures_latents_caption_and_sample(
     text = TextCaches(TextCache(family, TensorStore.open(tmp_path / "text"), PLACE), {})
     text.prepare({source.id: source.all_captions() for source in sources}, [], Bus())
     latents.prepare(sources, Bus())
-    caches = Caches(sources, latents, text, Seeds(3))
+    caches = Caches(sources, latents, text, Seeds(3), MaskCache(latents.stores))
     planned = PlannedBatch(
         source=1,
         rows=(5, 0, 3, 0),
@@ -94,7 +96,7 @@ def test_latents_caption_and_mask_of_a_draw_belong_to_one_picture(
     source = dataset(tmp_path / "all", "set", "masks", **settings)
     (source,) = latents.prepare([source], Bus())
     text.prepare({source.id: source.all_captions()}, [], Bus())
-    caches = Caches((source,), latents, text, SEEDS)
+    caches = Caches((source,), latents, text, SEEDS, MaskCache(latents.stores))
     numbers = [int(Path(source.path(row)).stem) for row in range(len(source))]
     assert numbers == [i for i in range(10) if i != 4 and (mode or i != 5)]
     expected = [alone(family, tmp_path / "alone" / str(i), settings) for i in numbers]
@@ -126,12 +128,56 @@ def test_a_mask_is_the_share_of_each_latent_cell_that_is_white(
     on = next(sample for sample in draws if sample.masked)
     off = next(sample for sample in draws if not sample.masked)
 
-    found = masks(source, (0, 0), (off, on), (8, 8))
+    caches = MaskCache({}), MaskCache(open_stores([source]))
+    for cache in caches * 2:  # made anew, and kept
+        found = cache.masks(source, (0, 0), (off, on), (8, 8))
 
-    assert found is not None
-    assert (found[0] == 1).all()
-    assert found[1, 0, 0].tolist() == [1, 1, 0.5, 0, 0, 0, 0, 0]
-    assert masks(source, (0,), (off,), (8, 8)) is None
+        assert found is not None
+        assert (found[0] == 1).all()
+        assert found[1, 0, 0].tolist() == [1, 1, 0.5, 0, 0, 0, 0, 0]
+        assert cache.masks(source, (0,), (off,), (8, 8)) is None
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_mask_is_decoded_once_and_read_from_then_on(tmp_path: Path, alpha: bool) -> None:
+    picture(tmp_path / "set/a.png", 0, (64, 64))
+    (tmp_path / "masks").mkdir()
+    for name, mode in (("masks/a.png", "L"), ("set/a.png", "RGBA")):
+        if mode == "L" or alpha:
+            Image.effect_noise((64, 64), 99).convert(mode).save(tmp_path / name)
+    more = {"alpha_as_mask": True} if alpha else {}
+    source = dataset(tmp_path, "set", "" if alpha else "masks", **more)
+    sample = source.sample(0, 0, 0, SEEDS)
+    opened: list[str] = []
+    listening = True
+    sys.addaudithook(
+        lambda event, args: listening and event == "open" and opened.append(str(args[0]))
+    )
+    held = "set/a.png" if alpha else "masks/a.png"
+
+    def reads() -> int:
+        found = sum(name.endswith(held) for name in opened)
+        opened.clear()
+        return found
+
+    store = open_stores([source])
+    first = MaskCache(store).masks(source, (0,), (sample,), (8, 8))
+    assert reads() == 1
+    again = MaskCache(store).masks(source, (0,), (sample,), (8, 8))
+    store[source.id].seal()
+    later = MaskCache(open_stores([source])).masks(source, (0,), (sample,), (8, 8))
+    assert reads() == 0
+    listening = False
+    assert first is not None
+    assert again is not None
+    assert later is not None
+    assert torch.equal(first, again)
+    assert torch.equal(first, later)
+    assert len(MaskCache(open_stores([source])).keys(source, 8)) == 1
+
+    Image.new("RGBA" if alpha else "L", (64, 64)).save(tmp_path / held)
+    changed = dataset(tmp_path, "set", "" if alpha else "masks", **more)
+    assert MaskCache(open_stores([changed])).keys(changed, 8) == set()
 
 
 def planned(rows: tuple[int, ...]) -> PlannedBatch:
