@@ -29,7 +29,8 @@ from simpletuner.cache.fingerprint import latent_keys, text_keys
 from simpletuner.cache.index import Index as Entries
 from simpletuner.core.events import Bus
 from simpletuner.core.seeds import Seeds
-from simpletuner.data.index import COLUMNS, Index
+from simpletuner.data.columns import COLUMNS
+from simpletuner.data.index import Index
 from simpletuner.data.plan import BatchPlan
 from simpletuner.data.settings import DatasetSettings
 from simpletuner.data.source import DataSource

@@ -1,4 +1,4 @@
-"""Columns of an index as numpy arrays; n rows."""
+"""The columns of an index, and some of them as numpy arrays; n rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,29 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from simpletuner.data.geometry import Keys, Sizes
+
+FILE_COLUMNS = pa.schema(
+    [
+        ("path", pa.string()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("content", pa.binary(16)),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("mode", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+TEXT_COLUMNS = pa.schema(
+    [
+        ("caption_size", pa.int64()),
+        ("caption_mtime_ns", pa.int64()),
+        ("caption", pa.large_string()),
+        ("caption_reason", pa.string()),
+    ]
+)
+COLUMNS = pa.schema([*FILE_COLUMNS, *TEXT_COLUMNS])
 
 
 def kept(table: pa.Table, keep: pa.Array | pa.ChunkedArray) -> pa.Table:

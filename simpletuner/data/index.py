@@ -25,52 +25,19 @@ from simpletuner.core.errors import CacheError, DataError
 from simpletuner.core.events import Bus, Stage, StageProgress
 from simpletuner.core.files import write_through, writing
 from simpletuner.data.captions import decode_text, folder_text_key, text_key
+from simpletuner.data.columns import COLUMNS, TEXT_COLUMNS
+from simpletuner.data.looking import CANNOT_READ, NO_FACTS, UNSURE, Look, settled
 from simpletuner.data.pixels import PictureError
-from simpletuner.data.probe import probe
 from simpletuner.data.storage.base import Storage, is_text
 
 FORMAT = b"1"
-FILE_COLUMNS = pa.schema(
-    [
-        ("path", pa.string()),
-        ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("content", pa.binary(16)),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("mode", pa.string()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-    ]
-)
-TEXT_COLUMNS = pa.schema(
-    [
-        ("caption_size", pa.int64()),
-        ("caption_mtime_ns", pa.int64()),
-        ("caption", pa.large_string()),
-        ("caption_reason", pa.string()),
-    ]
-)
-COLUMNS = pa.schema([*FILE_COLUMNS, *TEXT_COLUMNS])
-
 CHUNK = 1024
 """Files looked at between two reports of progress."""
 
 SAVE_SECONDS = 60.0
 """A long first scan is saved this often, so that a kill does not lose it."""
 
-FRESH_NS = 2_000_000_000
-"""A file changed this short before the scan may change again within one tick of its clock."""
-
-NO_FACTS = -1
-UNSURE = -2
-"""Stored as mtime_ns where the file must be looked at again next time."""
-
-CANNOT_READ = "cannot be read: "
-"""How the reason begins that may be gone without a change of the file."""
-
 NO_CAPTION = "no caption"
-NO_FILE = "there is no such file"
 
 
 @dataclass(frozen=True)
@@ -87,7 +54,7 @@ class Index:
     Args:
         file: Where it is kept, never inside the dataset.
         storage: The dataset's files.
-        workers: Threads that read, hash and probe.
+        workers: Threads that read, hash and probe, or processes where there are many files.
         bus: Told of progress.
         title: What progress is called.
     """
@@ -98,7 +65,6 @@ class Index:
         self.workers = workers
         self.bus = bus
         self.title = title
-        self._rejected: dict[bytes, str] = {}
 
     def load(self) -> pa.Table:
         """The table as it was saved; empty if there is none that can be read."""
@@ -185,13 +151,17 @@ class Index:
         now = self._listing(keys, pool)
         same, at = _unchanged(old, paths, now)
         todo = np.flatnonzero(~same)
-        self._rejected = _rejected(old)
+        looks = Look(self.storage, _rejected(old))
         parts = [old.take(pa.array(at[same]))]
         self._tell(Stage, "running", total=len(todo))
-        saved = time.monotonic()
-        for done, rows in _chunks(todo):
-            look = [(keys[i], int(now.size[i]), int(now.mtime_ns[i])) for i in rows.tolist()]
-            parts.append(_table(pool.map(self._look, look)))
+        saved, done = time.monotonic(), 0
+        chunks = [
+            [(keys[i], int(now.size[i]), int(now.mtime_ns[i])) for i in rows.tolist()]
+            for _, rows in _chunks(todo)
+        ]
+        for found in looks.all(chunks, pool, self.workers):
+            parts.append(found)
+            done += len(found)
             self._tell(StageProgress, "running", done=done, total=len(todo))
             if time.monotonic() - saved > SAVE_SECONDS:
                 self.save(pa.concat_tables(parts).sort_by("path"))
@@ -199,29 +169,6 @@ class Index:
         table = pa.concat_tables(parts).combine_chunks()
         order = np.argsort(np.concatenate((np.flatnonzero(same), todo)))
         return table.take(pa.array(order)), len(todo)
-
-    def _look(self, known: tuple[str, int, int]) -> dict[str, Any]:
-        """Read, hash and probe one file: a row without its text columns."""
-        path, size, mtime_ns = known
-        try:
-            data = self.storage.read(path)
-        except OSError as error:
-            # A right that is given later does not change the file: look again next time.
-            gone = isinstance(error, FileNotFoundError)
-            reason = NO_FILE if gone else f"{CANNOT_READ}{error.strerror or error}"
-            unsure = {"path": path, "size": size, "mtime_ns": UNSURE}
-            return {**unsure, "status": "reject", "reason": reason}
-        if size == NO_FACTS and (facts := self.storage.facts(path)):  # reading has fetched it
-            size, mtime_ns = facts.size, facts.mtime_ns
-        content = blake2b(data, digest_size=16).digest()
-        row = {"path": path, "size": size, "mtime_ns": _settled(mtime_ns), "content": content}
-        if held := self._rejected.get(content):
-            return {**row, "status": "reject", "reason": held}
-        found = probe(data)
-        if isinstance(found, str):
-            return {**row, "status": "reject", "reason": found}
-        size_and_mode = {"width": found.width, "height": found.height, "mode": found.mode}
-        return {**row, **size_and_mode, "status": "ok"}
 
     def _texts(self, table: pa.Table, pool: ThreadPoolExecutor) -> pa.Table:
         keys = [text_key(path) for path in table["path"].to_pylist()]
@@ -272,7 +219,7 @@ class Index:
 
     def _read_text(self, known: tuple[str, int, int]) -> tuple[dict[str, Any], str]:
         key, size, mtime_ns = known
-        row = {"caption_size": size, "caption_mtime_ns": _settled(mtime_ns)}
+        row = {"caption_size": size, "caption_mtime_ns": settled(mtime_ns)}
         try:
             decoded = decode_text(self.storage.read(key))
         except OSError as error:
@@ -355,19 +302,10 @@ def _rejected(old: pa.Table) -> dict[bytes, str]:
     return {content: why for content, why in known if not why.startswith(CANNOT_READ)}
 
 
-def _settled(mtime_ns: int) -> int:
-    """`mtime_ns`, or UNSURE if the file is so young that it may change unseen."""
-    return UNSURE if abs(time.time_ns() - mtime_ns) < FRESH_NS else mtime_ns
-
-
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
     filled = column.combine_chunks().fill_null(NO_FACTS)
     numbers: NDArray[np.int64] = filled.to_numpy(zero_copy_only=False).astype(np.int64)
     return numbers
-
-
-def _table(rows: Iterator[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(list(rows), COLUMNS)
 
 
 def _without_texts(table: pa.Table) -> pa.Table:

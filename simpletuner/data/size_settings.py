@@ -11,6 +11,11 @@ from simpletuner.core.section import Section, setting
 
 
 def _one_spelling(value: object) -> object:
+    if value == "face":
+        raise ValueError(
+            "face needs a face detector, and OpenCV no longer comes with one; set center, or cut"
+            " the pictures yourself and set crop false"
+        )
     return "center" if value == "centre" else value
 
 
@@ -23,7 +28,7 @@ def _some(values: tuple[float, ...]) -> tuple[float, ...]:
 Resolution = Annotated[float, Field(gt=0)]
 Resolutions = Annotated[tuple[Resolution, ...], AfterValidator(_some)]
 ResolutionType = Literal["pixel_area", "area", "pixel", "max_pixels"]
-CropStyle = Annotated[Literal["random", "center", "corner", "face"], BeforeValidator(_one_spelling)]
+CropStyle = Annotated[Literal["random", "center", "corner"], BeforeValidator(_one_spelling)]
 
 
 class SizeSettings(Section):
@@ -80,7 +85,7 @@ class DatasetSizeSettings(SizeSettings):
     """The shape that is cut out: square; preserve, the picture's own; closest, the nearest of
     crop_aspect_buckets; random, one of them, drawn for each picture and the same in every run."""
 
-    crop_style: CropStyle = setting("random", pending=("face",))
+    crop_style: CropStyle = setting("random")
     """Where it is cut out: at random, in the center, or from the top left corner."""
 
     minimum_aspect_ratio: float | None = setting(None, gt=0)

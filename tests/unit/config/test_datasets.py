@@ -350,3 +350,10 @@ def test_a_key_that_a_section_inside_lacks_is_named_with_the_section(place: Work
     place.datasets('[{"id": "a", "instance_data_dir": "pictures",\n"parquet": {}}]')
     [problem] = place.problems()
     assert (problem.key, problem.message, problem.line) == ("parquet.path", "is required", 2)
+
+
+def test_a_crop_by_faces_is_refused_with_what_to_do(place: Workplace) -> None:
+    place.datasets("", {**PICTURES, "crop_style": "face"})
+    (said,) = place.messages()
+    assert said.startswith("crop_style: face needs a face detector")
+    assert "set center" in said

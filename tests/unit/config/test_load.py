@@ -103,7 +103,7 @@ def test_every_problem_of_both_files_comes_at_once_with_its_line(place: Workplac
 
 def test_what_is_not_built_yet_is_named_and_still_loads(place: Workplace) -> None:
     place.config(mixed_precision="fp8", attention_mechanism="xformers")
-    place.datasets("", PICTURES, {**PICTURES, "id": "b", "crop_style": "face"})
+    place.datasets("", PICTURES, {**PICTURES, "id": "b", "revision": "main"})
 
     pending = place.load("--report_to=wandb").pending
 
@@ -111,7 +111,7 @@ def test_what_is_not_built_yet_is_named_and_still_loads(place: Workplace) -> Non
         ("mixed_precision", "fp8 is not built yet"),
         ("attention_mechanism", "xformers is not built yet"),
         ("--report_to", "wandb is not built yet"),
-        ("crop_style", "face is not built yet"),
+        ("revision", "is not built yet"),
     }
 
 

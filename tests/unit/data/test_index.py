@@ -11,7 +11,10 @@ from PIL import Image
 
 from simpletuner.core.events import Bus, Event, Notice, Stage
 from simpletuner.core.files import content_digest
-from simpletuner.data.index import COLUMNS, Index
+from simpletuner.data import index as index_module
+from simpletuner.data import looking
+from simpletuner.data.columns import COLUMNS
+from simpletuner.data.index import Index
 from simpletuner.data.storage.base import FileFacts
 from simpletuner.data.storage.local import LocalStorage
 from tests.hearing import Heard
@@ -279,3 +282,24 @@ def test_two_hundred_thousand_known_files_are_checked_in_seconds(file: Path) -> 
     start = time.process_time()
     assert len(index.scan(texts=False)) == count
     assert time.process_time() - start < 10  # of both workers
+
+
+def test_many_files_are_looked_at_by_processes_and_nothing_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    for number in range(40):
+        picture(folder / f"{number:02}.png", size=(16 + number, 16))
+    (folder / "07.png").write_bytes(b"nothing")
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(index_module, "CHUNK", 8)
+    scans = []
+    for many in (1_000, 10):
+        monkeypatch.setattr(looking, "MANY", many)
+        index = Index(
+            tmp_path / f"{many}.parquet", LocalStorage(folder), workers=2, bus=Bus(), title="t"
+        )
+        scans.append(index.scan(texts=False))
+    assert scans[0].equals(scans[1])
+    assert scans[0]["status"].to_pylist().count("reject") == 1
