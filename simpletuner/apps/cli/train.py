@@ -67,11 +67,10 @@ def refuse_missing_folders(loaded: Loaded) -> None:
     Raises:
         DataError: Names each of them.
     """
-    datasets = loaded.datasets
     missing = [
         f"{entry.id}: instance_data_dir {entry.instance_data_dir} does not exist"
-        for entry in datasets.all
-        if not Path(entry.instance_data_dir).is_dir()
+        for entry in loaded.datasets.all
+        if entry.instance_data_dir is not None and not entry.instance_data_dir.is_dir()
     ]
     if missing:
         raise DataError(

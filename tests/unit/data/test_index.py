@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -303,3 +304,47 @@ def test_many_files_are_looked_at_by_processes_and_nothing_differs(
         scans.append(index.scan(texts=False))
     assert scans[0].equals(scans[1])
     assert scans[0]["status"].to_pylist().count("reject") == 1
+
+
+class Deadly(LocalStorage):
+    """A folder at whose n-th read the process is killed."""
+
+    def __init__(self, root: Path, at: int) -> None:
+        super().__init__(root)
+        self.left = at
+
+    def read(self, key: str) -> bytes:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(key)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_scan_that_is_killed_goes_on_where_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    for number in range(40):
+        os.utime(picture(folder / f"{number:02}.png", size=(16 + number, 16)), (1, 1))
+    monkeypatch.setattr(index_module, "CHUNK", 4)
+    monkeypatch.setattr(index_module, "SAVE_SECONDS", -1)
+
+    def index(storage: LocalStorage) -> Index:
+        return Index(tmp_path / "i.parquet", storage, workers=1, bus=Bus(), title="t")
+
+    child = os.fork()
+    if not child:
+        index(Deadly(folder, 23)).scan(texts=False)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    storage = Counted(folder)
+    table = index(storage).scan(texts=False)
+    assert len(table) == 40
+    assert storage.reads.total() == 20  # five chunks of four were saved
+    assert table.equals(
+        Index(tmp_path / "new.parquet", LocalStorage(folder), workers=1, bus=Bus(), title="t").scan(
+            texts=False
+        )
+    )
