@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.core.errors import ConfigError, ModelError
 from simpletuner.core.files import write_through
 
 if TYPE_CHECKING:
@@ -117,38 +116,3 @@ def lora_file(name: str) -> Path:
     """The file that `name` means: itself, or the LoRA in a folder of that name."""
     path = Path(name).expanduser()
     return path / LORA_FILE if path.is_dir() else path
-
-
-def read_lora(path: Path, prefix: str) -> tuple[dict[str, Tensor], float]:
-    """A LoRA's tensors without `prefix`, and its alpha / rank.
-
-    Raises:
-        ConfigError: There is no such file.
-        ModelError: It cannot be read, or is not a LoRA of the denoiser alone in the diffusers
-            layout with its rank and alpha in the header.
-    """
-    from safetensors import SafetensorError
-
-    if not path.is_file():
-        raise ConfigError(f"init_lora: {path} does not exist")
-    try:
-        found, facts = read_tensors(path), adapter_metadata(path) or {}
-    except (SafetensorError, ValueError) as error:
-        raise ModelError(
-            f"init_lora: {path.name} cannot be read: {error}", fix="copy or download it again"
-        ) from error
-    known = re.compile(rf"{re.escape(prefix)}\..+\.lora_[AB]\.weight")
-    strange = sorted(name for name in found if not known.fullmatch(name))
-    if strange or not found:
-        raise ModelError(
-            f"init_lora: {path.name} is not a LoRA of the {prefix} alone in the diffusers layout:"
-            f" it holds {strange[0] if strange else 'nothing'}",
-            fix="convert it first, or name pytorch_lora_weights.safetensors of a run",
-        )
-    if f"{prefix}.r" not in facts:
-        raise ModelError(
-            f"init_lora: {path.name} does not say its rank and alpha, so its strength is unknown",
-            fix="save it again with a diffusers that writes lora_adapter_metadata",
-        )
-    scale = facts[f"{prefix}.lora_alpha"] / facts[f"{prefix}.r"]
-    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in found.items()}, scale

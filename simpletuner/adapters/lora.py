@@ -1,6 +1,8 @@
 """LoRA by peft: fp32 adapters beside a frozen base (Hu et al. 2021, arXiv 2106.09685).
 
-The change of a module's weight is ``(alpha / rank) * B @ A``, A [rank, in], B [out, rank].
+The change of a module's weight is ``(alpha / rank) * B @ A``, A [rank, in], B [out, rank]; with
+rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) the factor is ``alpha / sqrt(rank)``. DoRA (Liu et al.
+2024, arXiv 2402.09353) gives the changed weight's rows the lengths of a trained vector [out].
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters import export as export_files
+from simpletuner.adapters.formats import read_changes
 from simpletuner.adapters.method import Verified
 from simpletuner.core.errors import ConfigError, TrainingError
 from simpletuner.core.types import ParamGroup
@@ -44,6 +47,8 @@ def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Lo
         lora_dropout=settings.lora_dropout,
         init_lora_weights=True if settings.lora_init_type == "default" else settings.lora_init_type,
         target_modules=targets,
+        use_dora=settings.use_dora,
+        use_rslora=settings.use_rslora,
     )
     denoiser.requires_grad_(False)
     denoiser.add_adapter(config, adapter_name=_ADAPTER)
@@ -51,7 +56,7 @@ def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Lo
     for parameter in lora.parameters().values():
         parameter.data = parameter.data.float()
     if settings.init_lora:
-        lora.start_from(export_files.lora_file(settings.init_lora))
+        lora.start_from(export_files.lora_file(settings.init_lora), type(family))
     return lora
 
 
@@ -95,11 +100,14 @@ class LoRA:
         }
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """lora_A and lora_B of every module, by their names in the exported file."""
+        """What every module's adapter is made of, by its name in the exported file."""
         found: dict[str, nn.Parameter] = {}
         for name, layer in self.layers().items():
             found[f"{name}.lora_A.weight"] = layer.lora_A[_ADAPTER].weight
             found[f"{name}.lora_B.weight"] = layer.lora_B[_ADAPTER].weight
+            if _ADAPTER in layer.lora_magnitude_vector:
+                magnitude = layer.lora_magnitude_vector[_ADAPTER].weight
+                found[f"{name}.lora_magnitude_vector"] = magnitude
         return found
 
     def groups(self) -> list[ParamGroup]:
@@ -128,37 +136,43 @@ class LoRA:
             f"{self.prefix}.{name}": parameter.detach().float().cpu().contiguous()
             for name, parameter in self.parameters().items()
         }
+        scale = next(iter(self.layers().values())).scaling[_ADAPTER]
         config = self.denoiser.peft_config[_ADAPTER].to_dict()
+        config |= {"lora_alpha": scale * config["r"], "use_rslora": False}
         path = folder / export_files.LORA_FILE
         export_files.write_lora(path, tensors, self.prefix, config, metadata)
         return [path]
 
-    def start_from(self, path: Path) -> None:
-        """Copy the weights of a LoRA in the diffusers layout into these adapters.
+    def start_from(self, path: Path, family: type[Family]) -> None:
+        """Copy a LoRA in any layout into these adapters.
 
         Raises:
-            ConfigError: Its modules, rank or alpha are not these.
+            ConfigError: There is no such file, or its modules, rank, alpha or kind are not these.
+            ModelError: It cannot be read, or is not a LoRA of this denoiser.
         """
-        tensors, scale = export_files.read_lora(path, self.prefix)
-        ours = self.parameters()
-        strange = sorted(set(tensors) ^ set(ours))
-        shapes = [n for n in ours if n in tensors and tensors[n].shape != ours[n].shape]
-        mine = next(iter(self.layers().values())).scaling[_ADAPTER]
-        if strange or shapes or abs(scale - mine) > 1e-6:
-            what = (
-                f"{len(strange)} modules differ, for example {strange[0]}"
-                if strange
-                else f"{shapes[0]} has another rank"
-                if shapes
-                else f"its alpha / rank is {scale:g}, yours is {mine:g}"
-            )
+        changes, ours = read_changes(path, family), self.layers()
+        strange = sorted(set(changes) ^ set(ours))
+        what = f"{len(strange)} modules differ, for example {strange[0]}" if strange else None
+        for name, change in changes.items() if what is None else ():
+            scale, mine = change.alpha / change.rank, ours[name].scaling[_ADAPTER]
+            if change.rank != ours[name].r[_ADAPTER]:
+                what = f"{name} has another rank, {change.rank}"
+            elif abs(scale - mine) > 1e-6:
+                what = f"its alpha / rank is {scale:g}, yours is {mine:g}"
+            elif (change.magnitude is None) == (_ADAPTER in ours[name].lora_magnitude_vector):
+                what = "one of the two is a DoRA, the other a plain LoRA"
+        if what is not None:
             raise ConfigError(
                 f"init_lora: {path.name} does not fit: {what}",
-                fix="set lora_rank, lora_alpha and peft_lora_target_modules to the file's",
+                fix="set lora_rank, lora_alpha, use_dora, peft_lora_target_modules to the file's",
             )
+        trained = self.parameters()
         with torch.no_grad():
-            for name, parameter in ours.items():
-                parameter.copy_(tensors[name])
+            for name, change in changes.items():
+                trained[f"{name}.lora_A.weight"].copy_(change.down)
+                trained[f"{name}.lora_B.weight"].copy_(change.up)
+                if change.magnitude is not None:
+                    trained[f"{name}.lora_magnitude_vector"].copy_(change.magnitude)
 
     def verify(self, file: Path) -> Verified:
         """Load `file` with the stock loader as a second adapter and compare module by module.
@@ -186,7 +200,7 @@ class LoRA:
 
     def _compare(self, state: Mapping[str, Tensor], file: Path) -> Verified:
         ours, theirs = self.layers(), self.layers(_CHECK)
-        keys = {f"{self.prefix}.{n}.lora_{x}.weight" for n in theirs for x in "AB"}
+        keys = {f"{self.prefix}.{name}" for name in self.parameters()}
         wrong = sorted(set(ours) ^ set(theirs)) + sorted(set(state) ^ keys)
         largest = 0.0
         for name in ours.keys() & theirs.keys():
@@ -205,9 +219,16 @@ class LoRA:
     def _difference(self, name: str, mine: Any, other: Any, state: Mapping[str, Tensor]) -> float:
         """The largest difference of the two changes, relative to the largest entry of mine."""
         a, b = (state[f"{self.prefix}.{name}.lora_{x}.weight"] for x in "AB")
-        for loaded, filed in ((other.lora_A, a), (other.lora_B, b)):
-            weight = loaded[_CHECK].weight
-            if not torch.equal(weight.cpu(), filed.to(weight.dtype)):
+        pairs = [(other.lora_A, a, mine.lora_A), (other.lora_B, b, mine.lora_B)]
+        if _ADAPTER in mine.lora_magnitude_vector:
+            magnitude = state[f"{self.prefix}.{name}.lora_magnitude_vector"]
+            pairs.append((other.lora_magnitude_vector, magnitude, mine.lora_magnitude_vector))
+        for loaded, filed, trained in pairs:
+            weight = loaded[_CHECK].weight if _CHECK in loaded else filed.new_empty(0)
+            held = trained[_ADAPTER].weight.detach().float().cpu()
+            if not torch.equal(weight.cpu(), filed.to(weight.dtype)) or not torch.equal(
+                held, filed
+            ):
                 return float("inf")
         mine_a, mine_b = (
             x[_ADAPTER].weight.detach().float().cpu() for x in (mine.lora_A, mine.lora_B)

@@ -53,8 +53,12 @@ class AdapterSettings(Section):
     init_lora: str | None = setting(None)
     """A LoRA file or folder to go on from, instead of a new one."""
 
-    use_dora: bool = setting(False, pending=True)
+    use_dora: bool = setting(False)
     """Train magnitude and direction apart (DoRA): often closer to full training, and slower."""
+
+    use_rslora: bool = setting(False)
+    """Scale the adapter by lora_alpha / sqrt(lora_rank), so that a larger rank is not a weaker one;
+    the file that is written says the same in the plain way, with a larger alpha."""
 
     lora_format: Literal["diffusers", "comfyui"] = setting("diffusers", pending=("comfyui",))
     """The layout of the LoRA file that is written."""

@@ -243,6 +243,18 @@ def optimizer_takes_its_numbers(run: Proposal) -> Iterator[Problem]:
             yield run.problem(problem.key, problem.message)
 
 
+def dora_over_quantised(run: Proposal) -> Iterator[Problem]:
+    """DoRA reads the weights it is attached to, which quanto gives out in fp32 alone."""
+    name, values = str(run.values["base_model_precision"]), run.values
+    exact = values["mixed_precision"] == "no" or values["base_model_default_dtype"] == "fp32"
+    if values["use_dora"] and name.endswith("-quanto") and not exact:
+        yield run.problem(
+            "use_dora",
+            f"cannot read weights in {name} beside bf16; take int8-torchao or nf4-bnb, or set"
+            " base_model_default_dtype to fp32",
+        )
+
+
 def weights_can_be_quantised(run: Proposal) -> Iterator[Problem]:
     """Quantised weights are frozen, and their format works on this machine."""
     mixed = run.values["mixed_precision"]
@@ -323,6 +335,7 @@ CHECKS: tuple[Check, ...] = (
     learning_rate_uses,
     warmup_is_taken,
     weights_can_be_quantised,
+    dora_over_quantised,
     validation_sizes_fit,
     options_of_row,
     optimizer_takes_its_numbers,

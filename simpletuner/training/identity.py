@@ -98,6 +98,8 @@ def model_identity(config: Config, family: Family) -> Facts:
             "model_type": adapter.model_type,
             "lora_rank": adapter.lora_rank,
             "lora_alpha": float(adapter.lora_alpha or adapter.lora_rank),
+            "use_dora": adapter.use_dora,
+            "use_rslora": adapter.use_rslora,
             "optimizer": config.optimizer.optimizer,
         }
     )

@@ -115,9 +115,9 @@ class Report:
         return {
             "model": f"{self._family.title}, {self._family.checkpoint.label},"
             f" {self._family.prediction_type}",
-            "method": f"{adapter.model_type}, rank {adapter.lora_rank}, alpha"
-            f" {adapter.lora_alpha or adapter.lora_rank:g}, {len(weights)} tensors,"
-            f" {sum(p.numel() for p in weights):,} weights",
+            "method": f"{'DoRA' if adapter.use_dora else adapter.model_type}, rank"
+            f" {adapter.lora_rank}, alpha {adapter.lora_alpha or adapter.lora_rank:g},"
+            f" {len(weights)} tensors, {sum(p.numel() for p in weights):,} weights",
             "data": data,
             "schedule": f"{timetable.total_steps} steps of"
             f" {config.schedule.train_batch_size} x {config.schedule.gradient_accumulation_steps},"
