@@ -49,18 +49,12 @@ _GROUPS = (
         "is not here; the draw of noise levels is set by the flow_ settings",
         """
         disable_segmented_timestep_sampling=false flow_cubic_schedule_weights
-        flow_custom_timesteps flow_timesteps_mode=fixed-list timestep_bias_begin=0
-        timestep_bias_end=1000 timestep_bias_multiplier=1.0 timestep_bias_portion=0.25
-        timestep_bias_strategy
+        flow_custom_timesteps flow_timesteps_mode=fixed-list
         """,
     ),
     (
         "is not here; snr_gamma weights samples by their noise",
-        "soft_min_snr_sigma_data use_soft_min_snr=false",
-    ),
-    (
-        "is not here; offset_noise is the other way to change the noise",
-        "input_perturbation=0.0 input_perturbation_steps=0",
+        "snr_weight=1.0 soft_min_snr_sigma_data use_soft_min_snr=false",
     ),
     (
         "belongs to a model family that this trainer does not have; remove it",

@@ -15,7 +15,7 @@ import torch
 from simpletuner.core.errors import ConfigError
 from simpletuner.core.types import Draw, to_device
 from simpletuner.diffusion.settings import DiffusionSettings
-from simpletuner.diffusion.timesteps import flow_law
+from simpletuner.diffusion.timesteps import biased, flow_law
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,11 +34,23 @@ class Objective(Protocol):
             tokens: What the denoiser makes of each latent of the batch.
         """
 
-    def draw(self, clean: Tensor, t: Tensor, noise: Tensor) -> Draw:
-        """Corrupt `clean` [B, C, *S] with `noise` at CPU timesteps `t` [B]."""
+    def draw(
+        self, clean: Tensor, t: Tensor, noise: Tensor, perturbed: Tensor | None = None
+    ) -> Draw:
+        """Corrupt `clean` [B, C, *S] with `noise` at CPU timesteps `t` [B].
+
+        Args:
+            perturbed: What the denoiser sees in place of `noise`; the target stays that of `noise`.
+        """
 
     def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
         """The clean latent [B, C, *S] that `prediction` [B, C, *S] implies."""
+
+    def shares(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """The shares of the clean latent and of the noise in ``draw.noisy``, [B] each."""
+
+    def min_snr(self, draw: Draw, gamma: float) -> Tensor:
+        """[B] what min-SNR makes of each sample's weight: less where there is little noise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,22 +59,29 @@ class VariancePreserving(ABC):
 
     Args:
         abar: [T] fp32 on the CPU.
+        chances: [T] fp64 what is drawn how often; None for all alike.
     """
 
     abar: Tensor
+    chances: Tensor | None = None
 
     def timesteps(self, u: Tensor, tokens: int) -> Tensor:
-        """Uniform on 0 … T - 1, whatever the size."""
-        return (u * len(self.abar)).long().clamp(max=len(self.abar) - 1)
+        """From 0 … T - 1, whatever the size: the inverse of the summed chances at each quantile."""
+        if self.chances is None:
+            return (u * len(self.abar)).long().clamp(max=len(self.abar) - 1)
+        summed = self.chances.cumsum(0) / self.chances.sum()
+        return torch.searchsorted(summed, u, right=True).clamp(max=len(self.abar) - 1)
 
-    def draw(self, clean: Tensor, t: Tensor, noise: Tensor) -> Draw:
+    def draw(
+        self, clean: Tensor, t: Tensor, noise: Tensor, perturbed: Tensor | None = None
+    ) -> Draw:
         """See Objective."""
         abar = self.abar[t]
         signal = _wide(abar.sqrt(), clean)
         sigma = to_device((1 - abar).sqrt(), clean.device)
         spread = _wide(sigma, clean)
         return Draw(
-            noisy=signal * clean + spread * noise,
+            noisy=signal * clean + spread * (noise if perturbed is None else perturbed),
             target=self.target(clean, noise, signal, spread),
             noise=noise,
             sigma=sigma,
@@ -71,12 +90,17 @@ class VariancePreserving(ABC):
         )
 
     def mix(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """The shares of x0 and of the noise in ``draw.noisy``, each [B, 1, …].
+        """`shares` as [B, 1, …]."""
+        signal, spread = self.shares(draw)
+        return _wide(signal, draw.noisy), _wide(spread, draw.noisy)
+
+    def shares(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """See Objective.
 
         Looked up: near t = T the first is lost in the rounding of ``sqrt(1 - sigma^2)``.
         """
-        abar = self.abar.to(draw.noisy.device)[draw.timestep.long()]
-        return _wide(abar.sqrt(), draw.noisy), _wide((1 - abar).sqrt(), draw.noisy)
+        abar = to_device(self.abar, draw.noisy.device)[draw.timestep.long()]
+        return abar.sqrt(), (1 - abar).sqrt()
 
     @abstractmethod
     def target(self, clean: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
@@ -90,6 +114,11 @@ class Epsilon(VariancePreserving):
         """The noise."""
         return noise
 
+    def min_snr(self, draw: Draw, gamma: float) -> Tensor:
+        """``min(SNR, gamma) / SNR``; 1 where the SNR is 0."""
+        signal, spread = self.shares(draw)
+        return gamma * spread.square() / torch.maximum(signal.square(), gamma * spread.square())
+
     def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
         """``(noisy - sqrt(1 - abar) eps) / sqrt(abar)``; not finite where abar is 0."""
         signal, spread = self.mix(draw)
@@ -102,6 +131,11 @@ class Velocity(VariancePreserving):
     def target(self, clean: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
         """The velocity v."""
         return signal * noise - spread * clean
+
+    def min_snr(self, draw: Draw, gamma: float) -> Tensor:
+        """``min(SNR, gamma) / (SNR + 1)``."""
+        signal, spread = self.shares(draw)
+        return torch.minimum(signal.square(), gamma * spread.square())
 
     def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
         """``sqrt(abar) noisy - sqrt(1 - abar) v``."""
@@ -126,12 +160,14 @@ class Flow:
         """[B] fp64 in 0 … 1000."""
         return 1000 * self.law(u, tokens)
 
-    def draw(self, clean: Tensor, t: Tensor, noise: Tensor) -> Draw:
+    def draw(
+        self, clean: Tensor, t: Tensor, noise: Tensor, perturbed: Tensor | None = None
+    ) -> Draw:
         """See Objective."""
         sigma = to_device((t / 1000).float(), clean.device)
         share, x0 = _wide(sigma, clean), clean.float()
         return Draw(
-            noisy=(1 - share) * x0 + share * noise,
+            noisy=(1 - share) * x0 + share * (noise if perturbed is None else perturbed),
             target=noise - x0,
             noise=noise,
             sigma=sigma,
@@ -142,6 +178,14 @@ class Flow:
     def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
         """``noisy - sigma prediction``."""
         return draw.noisy - _wide(draw.sigma, draw.noisy) * prediction
+
+    def shares(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """See Objective."""
+        return 1 - draw.sigma, draw.sigma
+
+    def min_snr(self, draw: Draw, gamma: float) -> Tensor:
+        """1: the settings refuse it for flow matching, whose law of noise does that work."""
+        return torch.ones_like(draw.sigma)
 
 
 def objective_of(
@@ -172,7 +216,8 @@ def objective_of(
     # A loaded scheduler's config lists in "_use_default_values" keys that DDPM would then ignore.
     own = {key: value for key, value in scheduler_config.items() if not key.startswith("_")}
     schedule = DDPMScheduler.from_config(own)
-    return kinds[prediction_type](schedule.alphas_cumprod.float())
+    abar = schedule.alphas_cumprod.float()
+    return kinds[prediction_type](abar, biased(settings or DiffusionSettings(), len(abar)))
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from simpletuner.core.section import Section, setting
-from simpletuner.diffusion.losses import LOSSES
+from simpletuner.diffusion.losses import HUBER_SCHEDULES, LOSSES
 
 
 class DiffusionSettings(Section):
@@ -14,27 +14,54 @@ class DiffusionSettings(Section):
     loss_type: str = setting("l2", table=LOSSES)
     """How far a prediction is from its target."""
 
-    huber_schedule: Literal["snr", "exponential", "constant"] = setting("snr", pending=True)
+    huber_schedule: str = setting("snr", table=HUBER_SCHEDULES)
     """How huber_c changes with the noise level."""
 
-    huber_c: float = setting(0.1, pending=True, gt=0)
+    huber_c: float = setting(0.1, gt=0, le=1)
     """Where the Huber losses turn from square to linear; smaller heeds outliers less."""
 
-    snr_gamma: float | None = setting(None, pending=True, gt=0)
-    """Min-SNR weighting: caps the weight of little-noised samples; smaller caps more, 5 is
-    usual."""
+    snr_gamma: float | None = setting(None, gt=0)
+    """Min-SNR weighting of noise and v predictions: caps the weight of little-noised samples;
+    smaller caps more, 5 is usual."""
 
-    snr_weight: float = setting(1.0, pending=True, ge=0)
-    """Factor on the min-SNR weights."""
+    mask_normalize: bool = setting(False)
+    """Divide a masked loss by the share of the picture that is learned, so that a small mask weighs
+    as much as a large one."""
 
-    offset_noise: bool = setting(False, pending=True)
+    prior_loss_weight: float = setting(1.0, ge=0)
+    """What a picture of a regularisation set weighs beside the others; larger keeps more of what
+    the base model knew."""
+
+    offset_noise: bool = setting(False)
     """Shift the noise of a whole picture, so that the model learns very dark and bright ones."""
 
-    noise_offset: float = setting(0.1, pending=True, ge=0, le=1)
+    noise_offset: float = setting(0.1, ge=0, le=1)
     """How far offset_noise shifts; larger gives more contrast."""
 
-    noise_offset_probability: float = setting(0.25, pending=True, ge=0, le=1)
-    """The share of steps that offset_noise acts in."""
+    noise_offset_probability: float = setting(0.25, ge=0, le=1)
+    """The share of samples that offset_noise shifts."""
+
+    input_perturbation: float = setting(0.0, ge=0, le=1)
+    """How much more noise the model sees than it is asked to predict; 0.1 is usual."""
+
+    input_perturbation_steps: int = setting(0, ge=0, unit="optimizer steps")
+    """Over so many steps input_perturbation falls to 0; 0 keeps it throughout."""
+
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = setting("none")
+    """Which timesteps are drawn more often: the first ones (earlier: little noise), the last ones
+    (later: much noise), or those from timestep_bias_begin to timestep_bias_end (range)."""
+
+    timestep_bias_portion: float = setting(0.25, gt=0, lt=1)
+    """The share of the schedule that earlier and later favour."""
+
+    timestep_bias_begin: int = setting(0, ge=0, lt=1000)
+    """The first timestep that range favours."""
+
+    timestep_bias_end: int = setting(1000, ge=1, le=1000)
+    """The first timestep behind those that range favours."""
+
+    timestep_bias_multiplier: float = setting(1.0, gt=0)
+    """How often a favoured timestep is drawn for once of another; below 1 they are avoided."""
 
     training_scheduler_timestep_spacing: Literal["leading", "linspace", "trailing"] | None = (
         setting(None, pending=True)
@@ -55,13 +82,13 @@ class DiffusionSettings(Section):
     flow_sigmoid_scale: float = setting(1.0, gt=0)
     """The width of the draw around the middle; larger reaches further to both ends."""
 
-    flow_use_beta_schedule: bool = setting(False, pending=True)
+    flow_use_beta_schedule: bool = setting(False)
     """Draw a flow model's noise levels from a Beta distribution."""
 
-    flow_beta_schedule_alpha: float = setting(2.0, pending=True, gt=0)
+    flow_beta_schedule_alpha: float = setting(2.0, ge=0.5)
     """The Beta distribution's α; larger draws more noise."""
 
-    flow_beta_schedule_beta: float = setting(2.0, pending=True, gt=0)
+    flow_beta_schedule_beta: float = setting(2.0, ge=0.5)
     """The Beta distribution's β; larger draws less noise."""
 
     diff2flow_enabled: bool = setting(False, pending=True)

@@ -33,6 +33,21 @@ def half_cosines(p: float, *, power: float, cycles: int) -> float:
     return 0.5 * (1.0 + math.cos((2 * cycles - 1) * math.pi * p))
 
 
+def restarted_cosines(p: float, *, power: float, cycles: int) -> float:
+    """The shape f = ½ (1 + cos(π q)), q being the fraction of cycles · p: up at once between."""
+    return 0.5 * (1.0 + math.cos(math.pi * (1.0 if p >= 1.0 else (cycles * p) % 1.0)))
+
+
+def swings(p: float, *, power: float, cycles: int) -> float:
+    """The shape f = ½ (1 + cos(2 π cycles p)): down and up again, so that it ends at the top."""
+    return 0.5 * (1.0 + math.cos(2 * math.pi * cycles * p))
+
+
+def reflected(p: float, *, power: float, cycles: int) -> float:
+    """The shape f = (1 − p) / (1 − p / 2), REX (Chen et al. 2021, arXiv 2107.04197)."""
+    return (1.0 - p) / (1.0 - p / 2)
+
+
 def curve(p: float, *, power: float, cycles: int) -> float:
     """The shape f = (1 − p) ^ power."""
     return math.pow(1.0 - p, power)
@@ -74,15 +89,21 @@ SCHEDULES = Table(
         ),
         Row(
             "cosine_with_restarts",
-            None,
+            restarted_cosines,
             "Falls along half a cosine lr_num_cycles times, back to learning_rate at once between.",
-            facts={"warmup": True, "falls": True},
+            facts={"warmup": True, "falls": True, "takes": ("lr_end", "lr_num_cycles")},
         ),
         Row(
             "sine",
-            None,
-            "Swings between lr_end and learning_rate.",
-            facts={"warmup": True, "falls": True},
+            swings,
+            "Swings from learning_rate to lr_end and back, lr_num_cycles times.",
+            facts={"warmup": True, "falls": False, "takes": ("lr_end", "lr_num_cycles")},
+        ),
+        Row(
+            "rex",
+            reflected,
+            "Falls slowly at first and fast at the end, to lr_end at the last step.",
+            facts={"warmup": True, "falls": True, "takes": ("lr_end",)},
         ),
     ),
 )

@@ -15,6 +15,7 @@ import torch
 
 from simpletuner.core.errors import DataError, TrainingError
 from simpletuner.core.section import hint_of
+from simpletuner.diffusion.losses import LOSSES
 from simpletuner.optim.build import options_of
 from simpletuner.optim.schedules import SCHEDULES
 from simpletuner.training.state import TrainState
@@ -122,7 +123,19 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
     diffusion, flow = config.diffusion, family.prediction_type == "flow_matching"
     idle = {
         "flow_schedule_shift": diffusion.flow_schedule_auto_shift,
-        "flow_sigmoid_scale": diffusion.flow_use_uniform_schedule,
+        "flow_sigmoid_scale": diffusion.flow_use_uniform_schedule
+        or diffusion.flow_use_beta_schedule,
+        "flow_beta_schedule_alpha": not diffusion.flow_use_beta_schedule,
+        "flow_beta_schedule_beta": not diffusion.flow_use_beta_schedule,
+        "huber_c": not LOSSES[diffusion.loss_type].fact("c", False),
+        "huber_schedule": not LOSSES[diffusion.loss_type].fact("c", False),
+        "noise_offset": not diffusion.offset_noise,
+        "noise_offset_probability": not diffusion.offset_noise,
+        "input_perturbation_steps": not diffusion.input_perturbation,
+        **dict.fromkeys(
+            (name for name in type(diffusion).model_fields if name.startswith("timestep_bias_")),
+            diffusion.timestep_bias_strategy == "none",
+        ),
     }
     for name, field in type(diffusion).model_fields.items():
         of_flow = name.startswith("flow_")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from simpletuner.core.types import to_device
-from simpletuner.diffusion.losses import LOSSES, per_sample
-from simpletuner.diffusion.noise import noise_for
+from simpletuner.diffusion.losses import Loss, per_sample
+from simpletuner.diffusion.noise import Noises
 from simpletuner.diffusion.objective import objective_of
 from simpletuner.diffusion.timesteps import quantiles
 from simpletuner.optim.schedules import learning_rate
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from simpletuner.diffusion.settings import DiffusionSettings
     from simpletuner.models.family import Family
     from simpletuner.optim.settings import OptimizerSettings
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Prediction and target to the error of each element."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,10 @@ class Stepper:
     family: Family
     weights: Weights
     objective: Objective
+    noises: Noises
     loss: Loss
+    mask_normalize: bool
+    prior_loss_weight: float
     clip: Clip
     learning_rate: Callable[[int], float]
     seeds: Seeds
@@ -99,14 +99,18 @@ class Stepper:
             power=optimizer.lr_power,
             cycles=optimizer.lr_num_cycles,
         )
+        objective = objective_of(
+            family.prediction_type, family.checkpoint.scheduler_config, diffusion
+        )
         return cls(
             place=place,
             family=family,
             weights=weights,
-            objective=objective_of(
-                family.prediction_type, family.checkpoint.scheduler_config, diffusion
-            ),
-            loss=LOSSES[diffusion.loss_type].load(),
+            objective=objective,
+            noises=Noises(diffusion, seeds),
+            loss=Loss.of(diffusion, objective),
+            mask_normalize=diffusion.mask_normalize,
+            prior_loss_weight=diffusion.prior_loss_weight,
             clip=Clip(optimizer.grad_clip_method, optimizer.max_grad_norm),
             learning_rate=rate,
             seeds=seeds,
@@ -139,8 +143,11 @@ class Stepper:
         if batch.regularises:
             with self.weights.trainable.disabled(), torch.no_grad():
                 draw = replace(draw, target=self._predict(step, micro, draw, batch))
-        errors = self.loss(self._predict(step, micro, draw, batch), draw.target)
-        losses = per_sample(errors, batch.mask) * draw.weight
+        errors = self.loss.errors(self._predict(step, micro, draw, batch), draw)
+        losses = per_sample(errors, batch.mask, normalise=self.mask_normalize)
+        losses = losses * self.loss.weights(draw)
+        if batch.regularises:
+            losses = losses * self.prior_loss_weight
         weights = to_device(torch.tensor(planned.weights), self.place.device)
         return (losses * weights).sum() * (self.place.world / planned.window_samples)
 
@@ -154,11 +161,14 @@ class Stepper:
         """The batch on its device and its random corruption, drawn on the CPU and copied."""
         u = quantiles(self.seeds, step, planned.window_samples)[list(planned.positions)]
         shape = tuple(batch.latents.shape[1:])
-        noise = noise_for(batch.samples, planned.epoch, shape, self.seeds)
+        drawn = self.noises.draw(batch.samples, planned.epoch, shape, step)
         batch = batch.to(self.place)
-        noise = to_device(noise, self.place.device)
+        noise, perturbed = (
+            None if each is None else to_device(each, self.place.device) for each in drawn
+        )
+        assert noise is not None, "only what the denoiser sees in its place may be absent"
         t = self.objective.timesteps(u, self.family.tokens(batch.latents))
-        return batch, self.objective.draw(batch.latents, t, noise)
+        return batch, self.objective.draw(batch.latents, t, noise, perturbed)
 
     def _autocast(self) -> AbstractContextManager[object]:
         """Autocast for one forward: a longer block would keep stale copies of the adapters."""

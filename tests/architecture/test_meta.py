@@ -8,6 +8,7 @@ tensors, and draws from a device generator.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,21 +29,40 @@ from simpletuner.training.stepper import Stepper
 SIZE = (64, 64)
 
 
+LOADED = {
+    "loss_type": "smooth_l1",
+    "snr_gamma": 5.0,
+    "offset_noise": True,
+    "input_perturbation": 0.1,
+    "timestep_bias_strategy": "later",
+    "timestep_bias_multiplier": 3.0,
+    "mask_normalize": True,
+    "prior_loss_weight": 0.5,
+}
+"""Everything that shapes noise and loss, at once."""
+
 BUILT = [name for name, row in OPTIMIZERS.items() if not row.pending]
 
 
 @pytest.mark.parametrize(
-    ("family", "folder", "optimizer"),
+    ("family", "folder", "optimizer", "diffusion"),
     [
-        *(("sdxl", "tiny_sdxl", optimizer) for optimizer in BUILT),
-        ("sdxl", "tiny_sdxl_v", BUILT[0]),
-        ("sd3", "tiny_sd3", BUILT[0]),
+        *(("sdxl", "tiny_sdxl", optimizer, {}) for optimizer in BUILT),
+        ("sdxl", "tiny_sdxl_v", BUILT[0], {}),
+        ("sd3", "tiny_sd3", BUILT[0], {}),
+        ("sdxl", "tiny_sdxl", BUILT[0], LOADED),
+        ("sdxl", "tiny_sdxl_v", BUILT[0], LOADED),
+        ("sd3", "tiny_sd3", BUILT[0], {"loss_type": "huber", "flow_use_beta_schedule": True}),
     ],
 )
 def test_an_optimizer_step_touches_no_cpu_tensor_and_waits_for_nothing(
-    family: str, folder: str, optimizer: str, request: pytest.FixtureRequest
+    family: str,
+    folder: str,
+    optimizer: str,
+    diffusion: dict[str, Any],
+    request: pytest.FixtureRequest,
 ) -> None:
-    stepper = stepper_on_meta(family, request.getfixturevalue(folder), optimizer)
+    stepper = stepper_on_meta(family, request.getfixturevalue(folder), optimizer, diffusion)
 
     kept = micro_batch(family, first=2, regularises=True, mask=torch.ones(2, 1, 8, 8))
     outcome = stepper.step(0, [micro_batch(family, first=0), kept])
@@ -60,7 +80,7 @@ def test_the_meta_device_refuses_what_the_rule_forbids() -> None:
         on_meta.sum().item()
 
 
-def stepper_on_meta(name: str, folder: Path, optimizer: str) -> Stepper:
+def stepper_on_meta(name: str, folder: Path, optimizer: str, diffusion: dict[str, Any]) -> Stepper:
     seeds, place = Seeds(0), Place(torch.device("meta"), torch.float32)
     settings = ModelSettings(model_family=name, pretrained_model_name_or_path=str(folder))
     family = open_family(settings)
@@ -71,7 +91,7 @@ def stepper_on_meta(name: str, folder: Path, optimizer: str) -> Stepper:
         place,
         family,
         Weights(trainable, build_optimizer(optimizing, trainable.groups(), seeds)),
-        DiffusionSettings(),
+        DiffusionSettings(**diffusion),
         optimizing,
         10,
         seeds,

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from simpletuner.core.errors import ConfigError
 from simpletuner.optim.schedules import SCHEDULES, learning_rate
 
 BUILT = [name for name, row in SCHEDULES.items() if not row.pending]
@@ -137,6 +136,20 @@ def test_cosine_is_half_way_down_in_the_middle_of_the_run() -> None:
     assert rates[25] == pytest.approx(END + (BASE - END) * (2 + math.sqrt(2)) / 4, rel=1e-12)
 
 
-def test_a_schedule_that_is_not_built_says_so() -> None:
-    with pytest.raises(ConfigError, match="sine is not built yet"):
-        trace("sine", 10)
+@pytest.mark.parametrize("cycles", [1, 2, 5])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_the_curves_are_their_formulas_at_every_step(cycles: int, warmup: int) -> None:
+    """Fault 2 of the field: a cosine that is none, restarts that are constant."""
+    total, top = 101, max(warmup, 1)
+    for name, shape in (
+        ("cosine_with_restarts", lambda p: 0.5 * (1 + math.cos(math.pi * (cycles * p % 1)))),
+        ("sine", lambda p: 0.5 * (1 + math.cos(2 * math.pi * cycles * p))),
+        ("rex", lambda p: (1 - p) / (1 - p / 2)),
+    ):
+        rates = trace(name, total, warmup=warmup, cycles=cycles)
+        for n in range(top, total):
+            share = shape((n - top) / (total - top))
+            assert rates[n - 1] == pytest.approx(END + (BASE - END) * share, abs=1e-12), (name, n)
+    last = {name: trace(name, total, warmup=warmup, cycles=cycles)[-1] for name in BUILT}
+    assert last["sine"] == pytest.approx(BASE)
+    assert last["cosine_with_restarts"] == last["rex"] == END

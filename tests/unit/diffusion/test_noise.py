@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Geometry, Sample
-from simpletuner.diffusion.noise import noise_for
+from simpletuner.diffusion.noise import Noises, noise_for
+from simpletuner.diffusion.settings import DiffusionSettings
 
 SHAPE = (4, 8, 6)
 SEEDS = Seeds(42)
@@ -62,3 +64,49 @@ def test_noise_is_standard_normal_and_fp32() -> None:
     assert abs(float(noise.mean())) < 0.01
     assert abs(float(noise.std()) - 1) < 0.01
     assert abs(float((noise**4).mean()) - 3) < 0.1
+
+
+# ---- offsets and perturbations
+
+
+def noises(**settings: object) -> Noises:
+    return Noises(DiffusionSettings(**settings), SEEDS)  # type: ignore[arg-type]
+
+
+def test_without_either_the_noise_is_the_plain_one() -> None:
+    samples = [sample(name) for name in "abc"]
+    noise, perturbed = noises().draw(samples, 0, SHAPE, 3)
+    assert torch.equal(noise, noise_for(samples, 0, SHAPE, SEEDS))
+    assert perturbed is None
+
+
+def test_an_offset_shifts_whole_channels_of_its_share_of_samples() -> None:
+    samples = [sample(f"{n}") for n in range(400)]
+    plain = noise_for(samples, 0, SHAPE, SEEDS)
+    settings = {"offset_noise": True, "noise_offset": 0.3, "noise_offset_probability": 0.25}
+    shift = noises(**settings).draw(samples, 0, SHAPE, 0)[0] - plain
+    flat = shift.flatten(2)
+    assert torch.allclose(flat.amax(2), flat.amin(2), atol=1e-6)  # one number a channel
+    moved = shift.flatten(1).abs().amax(1) > 1e-6
+    assert 0.18 < moved.float().mean() < 0.32
+    assert 0.27 < shift[moved].mean((2, 3)).std() < 0.33
+    together = noises(**settings).draw(samples[:3], 0, SHAPE, 0)[0]
+    alone = noises(**settings).draw(samples[1:2], 0, SHAPE, 0)[0]
+    assert torch.equal(alone[0], together[1])
+
+
+def test_a_perturbation_is_seen_and_not_predicted_and_falls() -> None:
+    samples = [sample(f"{n}") for n in range(200)]
+    plain = noise_for(samples, 0, SHAPE, SEEDS)
+    for step, strength in ((0, 0.1), (50, 0.05), (100, 0.0), (500, 0.0)):
+        settings = {"input_perturbation": 0.1, "input_perturbation_steps": 100}
+        noise, seen = noises(**settings).draw(samples, 0, SHAPE, step)
+        assert torch.equal(noise, plain)
+        if strength:
+            assert seen is not None
+            assert (seen - plain).std().item() == pytest.approx(strength, rel=0.05)
+            assert abs(((seen - plain) * plain).mean()) < 0.01  # noise of its own
+        else:
+            assert seen is None
+    steady = noises(input_perturbation=0.1).draw(samples, 0, SHAPE, 10_000)[1]
+    assert steady is not None
