@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,9 @@ def strict() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def stepper_on_cuda(name: str, folder: Path, dtype: torch.dtype) -> Stepper:
+def stepper_on_cuda(
+    name: str, folder: Path, dtype: torch.dtype, diffusion: dict[str, Any] | None = None
+) -> Stepper:
     seeds, place = Seeds(0), Place(torch.device("cuda"), dtype)
     settings = ModelSettings(model_family=name, pretrained_model_name_or_path=str(folder))
     family = open_family(settings)
@@ -46,7 +49,7 @@ def stepper_on_cuda(name: str, folder: Path, dtype: torch.dtype) -> Stepper:
         place,
         family,
         Weights(trainable, build_optimizer(optimizing, trainable.groups(), seeds)),
-        DiffusionSettings(),
+        DiffusionSettings(**(diffusion or {})),
         optimizing,
         10,
         seeds,
