@@ -13,6 +13,7 @@ from simpletuner.core.table import Row, Table
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from simpletuner.adapters.settings import AdapterSettings
     from simpletuner.core.types import Batch, Draw, ParamGroup
     from simpletuner.models.family import Family
 
@@ -76,3 +77,14 @@ def method_of(model_type: str, lora_type: str) -> Row:
     if model_type == "full":
         return METHODS["full"]
     return METHODS["lora" if lora_type == "standard" else lora_type]
+
+
+def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Trainable:
+    """Make a denoiser train as the settings say.
+
+    Raises:
+        ConfigError: The settings do not fit it.
+    """
+    method = method_of(settings.model_type, settings.lora_type)
+    trainable: Trainable = method.load()(denoiser, family, settings)
+    return trainable

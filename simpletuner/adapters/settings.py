@@ -90,20 +90,19 @@ class AdapterSettings(Section):
     """A ControlNet to go on from: a hub id or a folder; without it, a copy of the model's own
     encoder."""
 
-    use_ema: bool = setting(False, pending=True)
-    """Keep a running average of the trained weights beside them."""
+    use_ema: bool = setting(False)
+    """Keep a running average of the trained weights beside them, in fp32: it is what is validated,
+    saved and written at the end."""
 
-    ema_decay: float = setting(0.995, pending=True, ge=0, lt=1)
-    """How slowly the average follows; larger averages over more steps."""
+    ema_decay: float = setting(0.995, ge=0, lt=1)
+    """How slowly the average follows, at most: in the first steps it follows faster, unless there
+    is an ema_warmup_steps; larger averages over more steps."""
 
-    ema_device: Literal["cpu", "accelerator"] = setting("cpu", pending=True)
+    ema_device: Literal["cpu", "accelerator"] = setting("cpu")
     """Where the average is held: cpu saves the device's memory, accelerator saves time."""
 
-    ema_cpu_only: bool = setting(False, pending=True)
-    """Never move the average to the device, not even for validation."""
+    ema_update_interval: int = setting(1, ge=1, unit="optimizer steps")
+    """How often the average is updated, with the decay of so many steps; larger is cheaper."""
 
-    ema_update_interval: int = setting(1, pending=True, ge=1, unit="optimizer steps")
-    """How often the average is updated; larger is cheaper."""
-
-    ema_warmup_steps: int = setting(0, pending=True, ge=0, unit="optimizer steps")
+    ema_warmup_steps: int = setting(0, ge=0, unit="optimizer steps")
     """Until this step the average is a copy of the weights."""

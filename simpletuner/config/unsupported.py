@@ -299,6 +299,10 @@ _GROUPS = (
         "aws_access_key_id aws_secret_access_key aws_session_token hf_token",
     ),
     (
+        "is not needed: ema_device cpu keeps the average there; remove it",
+        "ema_cpu_only=false ema_foreach_disable=false",
+    ),
+    (
         "is not here; use vae_cache_disable",
         "disable_vae_cache=false",
     ),

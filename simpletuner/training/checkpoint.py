@@ -140,6 +140,8 @@ class Checkpointer:
                 "trainable": trainable.parameters(),
                 "optimizer": optimizer_tensors(self.weights.optimizer, trainable.groups()),
             }
+            if self.weights.ema is not None:
+                tensors["ema"] = self.weights.ema.shadow
             for name, found in tensors.items():
                 ready = {k: v.detach().cpu().contiguous() for k, v in found.items()}
                 write_tensors(folder / f"{name}.safetensors", ready)
@@ -205,6 +207,7 @@ class Checkpointer:
             self.weights.trainable.groups(),
             read_tensors(folder / "optimizer.safetensors"),
         )
+        self._load_average(folder)
         self.state.step = facts["step"]
         self.state.epoch = facts["epoch"]
         self.state.samples_seen = facts["samples_seen"]
@@ -289,6 +292,14 @@ class Checkpointer:
         ):
             if text:
                 self.bus.notice(text, level)
+
+    def _load_average(self, folder: Path) -> None:
+        ema, file = self.weights.ema, folder / "ema.safetensors"
+        if ema is not None and file.is_file():
+            ema.load(read_tensors(file))
+        elif ema is not None:
+            ema.load(self.weights.trainable.parameters())
+            self.bus.notice(f"{folder.name} holds no average: it begins with the weights of now")
 
     def _load_trainable(self, folder: Path) -> None:
         saved: dict[str, Tensor] = read_tensors(folder / "trainable.safetensors")

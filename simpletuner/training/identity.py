@@ -115,9 +115,13 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
     found: dict[str, Any] = {
         **_optimizer_settings(config.optimizer, total_steps),
         "lora_dropout": config.adapter.lora_dropout,
+        "use_ema": config.adapter.use_ema,
         "mixed_precision": precision.mixed_precision,
         "base_model_precision": precision.base_model_precision,
     }
+    if config.adapter.use_ema:
+        names = ("ema_decay", "ema_update_interval", "ema_warmup_steps")
+        found |= {name: dict(config.adapter)[name] for name in names}
     if precision.mixed_precision != "no":
         found["base_model_default_dtype"] = precision.base_model_default_dtype
     diffusion, flow = config.diffusion, family.prediction_type == "flow_matching"

@@ -7,7 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner.adapters.method import method_of
+from simpletuner.adapters.ema import Ema
+from simpletuner.adapters.method import attach
 from simpletuner.adapters.weights import Weights
 from simpletuner.core.errors import RESUME, TrainingError, is_out_of_memory
 from simpletuner.core.seeds import Seeds
@@ -119,10 +120,10 @@ def _train(
     # 4. the denoiser with what trains on it
     denoiser = family.open_denoiser(Place(place.device, base_dtype(config.precision)), quantiser)
     seeds.reseed_torch("adapter")
-    method = method_of(config.adapter.model_type, config.adapter.lora_type)
-    trainable = method.load()(denoiser, family, config.adapter)
+    trainable = attach(denoiser, family, config.adapter)
     fit(denoiser, config.precision)
-    weights = Weights(trainable, build_optimizer(config.optimizer, trainable.groups(), seeds))
+    optimizer = build_optimizer(config.optimizer, trainable.groups(), seeds)
+    weights = Weights(trainable, optimizer, Ema.of(trainable.parameters(), config.adapter))
     # 5. where the run stands
     state = starting_state(config, family, plan, sources, timetable.total_steps, place)
     report = Report(config, datasets, family, quantiser.told, folder, bus)

@@ -131,6 +131,7 @@ class Stepper:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         optimizer.step()
+        self.weights.follow(step)
         return Outcome(total, norm, lr)
 
     def micro_loss(self, step: int, micro: int, planned: PlannedBatch, batch: Batch) -> Tensor:
