@@ -22,6 +22,9 @@ COVER: tuple[tuple[str, str, int, str], ...] = (
     ("optimi-adamw", "constant_with_warmup", 1, "bf16"),
     ("optimi-lion", "polynomial", 3, "no"),
     ("adamw_bf16", "constant", 3, "bf16"),
+    ("torch-adamw", "sine", 1, "no"),
+    ("adamw_bf16", "cosine_with_restarts", 1, "no"),
+    ("optimi-lion", "rex", 3, "no"),
 )
 """Every optimizer and every schedule that is built, both accumulations, both precisions."""
 
