@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.core.errors import ConfigError, is_out_of_memory
+from simpletuner.core.extras import require
 from simpletuner.precision.quantisers import QUANTISERS, quantised_in
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ class Quantised:
 class Quantiser:
     """Holds the parts of a model as the settings say, when they are opened.
 
+    Raises:
+        ExtraMissing: A format's package is not installed.
+
     Attributes:
         told: What became of each part that was opened, by its name.
     """
@@ -69,6 +73,9 @@ class Quantiser:
             "text_encoder_2": settings.text_encoder_2_precision,
             "text_encoder_3": settings.text_encoder_3_precision,
         }
+        for name in {self._denoiser, *self._encoders.values()} - {"no_change"}:
+            row = QUANTISERS[name]  # what is missing is told before anything is encoded
+            require(row.fact("module"), extra=row.needs or "train", why=name)
 
     def __call__(self, part: str, model: nn.Module, device: torch.device) -> None:
         """Quantise a part in place, if the settings ask for it; see `quantise`."""

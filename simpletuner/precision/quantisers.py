@@ -7,8 +7,8 @@ from typing import Any
 from simpletuner.core.table import Row, Table
 
 
-def _facts(backend: str, bits: int, **more: Any) -> dict[str, Any]:
-    return {"backend": backend, "bits": bits, **more}
+def _facts(module: str, bits: int, **more: Any) -> dict[str, Any]:
+    return {"module": module, "bits": bits, **more}
 
 
 QUANTISERS = Table(
@@ -18,7 +18,7 @@ QUANTISERS = Table(
             "no_change",
             "simpletuner.precision.formats:unchanged",
             "As the checkpoint is opened: base_model_default_dtype.",
-            facts=_facts("none", 0),
+            facts=_facts("", 0),
         ),
         Row(
             "int8-quanto",
@@ -26,7 +26,7 @@ QUANTISERS = Table(
             "8 bits by optimum-quanto: half the memory of bf16 and hardly another model.",
             needs="train",
             # torch's int8 kernel for bf16 on a CPU reads past tensors that are not aligned.
-            facts=_facts("optimum-quanto", 8, whole_numbers_on_cpu="fp32"),
+            facts=_facts("optimum.quanto", 8, whole_numbers_on_cpu="fp32"),
         ),
         Row(
             "int4-quanto",
@@ -34,21 +34,21 @@ QUANTISERS = Table(
             "4 bits by optimum-quanto: a quarter of bf16, with some loss. The first use compiles"
             " its kernels for a minute or so.",
             needs="train",
-            facts=_facts("optimum-quanto", 4),
+            facts=_facts("optimum.quanto", 4),
         ),
         Row(
             "int2-quanto",
             "simpletuner.precision.formats:int2_quanto",
             "2 bits by optimum-quanto: an eighth of bf16, and another model.",
             needs="train",
-            facts=_facts("optimum-quanto", 2),
+            facts=_facts("optimum.quanto", 2),
         ),
         Row(
             "fp8-quanto",
             "simpletuner.precision.formats:fp8_quanto",
             "8-bit floats (e4m3) by optimum-quanto: half of bf16; coarser than int8-quanto.",
             needs="train",
-            facts=_facts("optimum-quanto", 8, not_on={"mps": "int8-quanto"}),
+            facts=_facts("optimum.quanto", 8, not_on={"mps": "int8-quanto"}),
         ),
         Row(
             "nf4-bnb",
@@ -63,14 +63,14 @@ QUANTISERS = Table(
             "simpletuner.precision.formats:int8_torchao",
             "8 bits by torchao: half the memory of bf16.",
             needs="torchao",
-            facts=_facts("torchao", 8),
+            facts=_facts("torchao.quantization", 8),
         ),
         Row(
             "fp8-torchao",
             "simpletuner.precision.formats:fp8_torchao",
             "8-bit floats (e4m3) by torchao: half the memory of bf16.",
             needs="torchao",
-            facts=_facts("torchao", 8, not_on={"mps": "int8-torchao"}),
+            facts=_facts("torchao.quantization", 8, not_on={"mps": "int8-torchao"}),
         ),
     ),
 )

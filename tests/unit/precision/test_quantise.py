@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from simpletuner.core.errors import ConfigError
-from simpletuner.precision.quantise import quantise, weight_bytes
+from simpletuner.core.errors import ConfigError, ExtraMissing
+from simpletuner.precision.quantise import Quantiser, quantise, weight_bytes
 from simpletuner.precision.quantisers import QUANTISERS, quantised_in
+from simpletuner.precision.settings import PrecisionSettings
 
 CPU = torch.device("cpu")
 FORMATS = [name for name in QUANTISERS if name != "no_change"]
@@ -171,3 +173,14 @@ def test_what_does_not_work_on_a_device_names_what_does() -> None:
             if instead is not None:
                 assert instead in str(why)
                 assert quantised_in(instead, device, "fp32") is None
+
+
+def test_a_missing_package_is_told_before_anything_is_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    Quantiser(PrecisionSettings(base_model_precision="int8-torchao"))
+    for part in ("base_model_precision", "text_encoder_2_precision"):
+        with pytest.raises(ExtraMissing, match=r"nf4-bnb needs the package 'bitsandbytes'") as told:
+            Quantiser(PrecisionSettings(**{part: "nf4-bnb"}))
+        assert "pip install 'simpletuner[bnb]'" in str(told.value)
