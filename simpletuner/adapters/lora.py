@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters import export as export_files
-from simpletuner.adapters.formats import read_changes
+from simpletuner.adapters.formats import read_changes, write_changes
 from simpletuner.adapters.method import Verified
 from simpletuner.core.errors import ConfigError, TrainingError
 from simpletuner.core.types import ParamGroup
@@ -52,7 +52,7 @@ def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Lo
     )
     denoiser.requires_grad_(False)
     denoiser.add_adapter(config, adapter_name=_ADAPTER)
-    lora = LoRA(denoiser, family.denoiser, type(family).name)
+    lora = LoRA(denoiser, family.denoiser, type(family), settings.lora_format)
     for parameter in lora.parameters().values():
         parameter.data = parameter.data.float()
     if settings.init_lora:
@@ -87,7 +87,8 @@ class LoRA:
 
     denoiser: nn.Module
     prefix: str
-    family_name: str
+    family: type[Family]
+    layout: str = "diffusers"
 
     def layers(self, adapter: str = _ADAPTER) -> dict[str, Any]:
         """The modules that carry `adapter`, by name."""
@@ -131,7 +132,7 @@ class LoRA:
             self.denoiser.enable_adapters()
 
     def export(self, folder: Path, metadata: Mapping[str, str]) -> list[Path]:
-        """Write ``pytorch_lora_weights.safetensors`` in the diffusers layout."""
+        """Write ``pytorch_lora_weights.safetensors`` in the diffusers layout, then in another's."""
         tensors = {
             f"{self.prefix}.{name}": parameter.detach().float().cpu().contiguous()
             for name, parameter in self.parameters().items()
@@ -141,7 +142,11 @@ class LoRA:
         config |= {"lora_alpha": scale * config["r"], "use_rslora": False}
         path = folder / export_files.LORA_FILE
         export_files.write_lora(path, tensors, self.prefix, config, metadata)
-        return [path]
+        if self.layout == "diffusers":
+            return [path]
+        other = path.with_name(f"{path.stem}.{self.layout}.safetensors")
+        write_changes(other, read_changes(path, self.family), self.layout, self.family, metadata)
+        return [path, other]
 
     def start_from(self, path: Path, family: type[Family]) -> None:
         """Copy a LoRA in any layout into these adapters.

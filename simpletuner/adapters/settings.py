@@ -60,8 +60,9 @@ class AdapterSettings(Section):
     """Scale the adapter by lora_alpha / sqrt(lora_rank), so that a larger rank is not a weaker one;
     the file that is written says the same in the plain way, with a larger alpha."""
 
-    lora_format: Literal["diffusers", "comfyui"] = setting("diffusers", pending=("comfyui",))
-    """The layout of the LoRA file that is written."""
+    lora_format: Literal["diffusers", "comfyui", "kohya"] = setting("diffusers")
+    """The layout of the LoRA; in another than diffusers, a second file with the layout in its name
+    is written beside the first, with the same change of every weight."""
 
     lycoris_config: Path | dict[str, Any] | None = setting(None, pending=True, path=True)
     """The LyCORIS algorithm and its options: a JSON file, or the object itself; without it,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ from simpletuner.validation.prompts import Prompts
 from simpletuner.validation.validator import Validator
 
 if TYPE_CHECKING:
+    from simpletuner.adapters.method import Trainable, Verified
     from simpletuner.config.root import Config
     from simpletuner.core.events import Bus
     from simpletuner.core.files import RunFolder
@@ -148,9 +149,19 @@ def _train(
     with control.deferred(), closing(caches), prefetching as prefetcher:
         Trainer(stepper, plan, prefetcher, timetable, duties, control, bus).run(state)
     # 7. the result, read back by the stock loader before it replaces an earlier one
-    with weights.at("eval"), folder.writing("the weights"), folder.staging() as staging:
-        (written,) = trainable.export(staging, report.metadata(state))
-        verified = trainable.verify(written)
-        file = written.replace(folder.root / written.name)
+    with weights.at("eval"):
+        file, verified = _export(trainable, folder, report.metadata(state))
     report.finished(state, file, verified)
     return file
+
+
+def _export(
+    trainable: Trainable, folder: RunFolder, metadata: Mapping[str, str]
+) -> tuple[Path, Verified]:
+    """Write the user's files; none replaces an earlier one before the first was read back."""
+    with folder.writing("the weights"), folder.staging() as staging:
+        written, *others = trainable.export(staging, metadata)
+        verified = trainable.verify(written)
+        for other in others:
+            other.replace(folder.root / other.name)
+        return written.replace(folder.root / written.name), verified

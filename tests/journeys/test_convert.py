@@ -10,7 +10,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
+from simpletuner.adapters.formats import read_changes
 from simpletuner.apps.cli import main
+from simpletuner.models.families import FAMILIES
 from tests.runs import Run
 
 MODEL = "pretrained_model_name_or_path"
@@ -85,3 +87,20 @@ def test_the_summary_of_the_run_travels_along(run: Run, tmp_path: Path) -> None:
     assert facts["ss_network_dim"] == "Dynamic"  # query, key and value are one matrix there
     assert facts["steps"] == "2"
     assert json.dumps(facts).count(str(run.root)) == 0
+
+
+@pytest.mark.parametrize("layout", ["comfyui", "kohya"])
+def test_a_run_writes_the_layout_it_is_asked_for_beside_its_own(
+    layout: str, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run", tiny_sdxl)
+    run.settings |= {"validation_disable": True, "lora_format": layout, "use_rslora": True}
+    assert run.train(max_train_steps=2) == 0
+    other = run.out / f"pytorch_lora_weights.{layout}.safetensors"
+    assert other.is_file()
+    assert (run.out / "checkpoint-2" / other.name).is_file()
+    family = FAMILIES["sdxl"].load()
+    first = read_changes(run.out / "pytorch_lora_weights.safetensors", family)
+    second = read_changes(other, family)
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name].delta(), second[name].delta()) for name in first)
