@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
@@ -77,6 +78,7 @@ class TextCache:
         self._batch_size = batch_size
         self._encoders, self._keeps, self._live = encoders, keeps, waits or not keeps
         self._pipe: Any = None
+        self._lock = Lock()
         self._numbers = str(place.dtype)
         for part in family.text_parts:
             name = encoders.format(part) if encoders and part.startswith("text_encoder") else ""
@@ -113,6 +115,8 @@ class TextCache:
                 f"{STAGE}: {len(new)} captions, each encoded when training {when}; the text"
                 " encoders stay loaded"
             )
+            # Now, for opening a model draws from torch's own generator, which training reseeds.
+            self._open()
             return
         ordered = sorted(new)
         encoders = self._encode(dict(zip(self._keys(ordered), ordered, strict=True)), bus)
@@ -166,14 +170,19 @@ class TextCache:
 
     def _now(self, caption: str) -> dict[str, torch.Tensor]:
         """The conditioning of one caption, without the batch dimension, on the CPU."""
-        if self._pipe is None:
-            self._pipe = self._family.open_text(self._place, self._encoders)
-        with encoding("1 caption", self._less_memory(1)):
-            (embeds,) = self._family.encode_text(self._pipe, [caption])
+        # A validation asks in one thread while batches are read ahead in another.
+        with self._lock, encoding("1 caption", self._less_memory(1)):
+            (embeds,) = self._family.encode_text(self._open(), [caption])
         made = {name: tensor.cpu() for name, tensor in embeds.items()}
         for tensor in made.values():
             require_finite(tensor, STAGE, _FIX)
         return made
+
+    def _open(self) -> Any:
+        """The stock pipeline with the encoders, which stay."""
+        if self._pipe is None:
+            self._pipe = self._family.open_text(self._place, self._encoders)
+        return self._pipe
 
     def _tell_cut(self, captions: Mapping[str, Sequence[str]], bus: Bus) -> None:
         """Say once, before they are encoded, which captions the encoders see only in part."""

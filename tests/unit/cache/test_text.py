@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,33 @@ def test_captions_the_encoders_see_in_part_are_told_once_for_their_dataset(
         "dataset cats: 1 of 2 captions are longer than the 77 tokens text_encoder and"
         " text_encoder_2 see; what comes after is not learned; the longest has 92: a a a"
     )
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_live_captions_are_those_of_the_cache_for_threads_that_ask_at_once(
+    tiny_sdxl: Path, tmp_path: Path, keeps: bool
+) -> None:
+    captions = [f"caption {number}" for number in range(6)]
+    kept = TextCache(watched(tiny_sdxl), TensorStore.open(tmp_path / "a"), PLACE, batch_size=1)
+    kept.prepare({"set": captions}, Bus())
+    family = watched(tiny_sdxl)
+    live = TextCache(
+        family, TensorStore.open(tmp_path / "b"), PLACE, batch_size=1, keeps=keeps, waits=True
+    )
+    live.prepare({"set": captions}, Bus())
+    assert len(family.opened) == 1
+
+    def asked(number: int) -> bool:
+        chosen = [captions[(number + i) % 6] for i in range(2)]
+        ours, theirs = live.embeds(chosen), kept.embeds(chosen)
+        return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(asked, range(12)))
+    assert len(family.opened) == 1
+    live.close()
+    assert family.opened[0]() is None
+    again = TextCache(family, TensorStore.open(tmp_path / "b"), PLACE, keeps=keeps, waits=True)
+    again.prepare({"set": captions}, Bus())
+    assert len(family.opened) == (1 if keeps else 2)  # all is kept: no encoder is needed
+    again.close()
