@@ -277,10 +277,13 @@ def test_training_without_its_packages_says_how_to_install_them(folder: Path) ->
 
 def test_ctrl_c_before_training_exits_as_a_shell_expects(folder: Path) -> None:
     write(folder, config=seeds.SDXL_CONFIG, multidatabackend=seeds.SDXL_DATASETS)
+    # While our own modules are imported: a signal inside pydantic's compiled core is a panic there.
     script = (
-        "import signal, sys, simpletuner.apps.cli as cli\n"
-        "signal.signal(signal.SIGALRM, signal.default_int_handler)\n"
-        "signal.setitimer(signal.ITIMER_REAL, 0.02)\n"
+        "import os, signal, sys, simpletuner.apps.cli as cli\n"
+        "def strike(event, found):\n"
+        "    if event == 'import' and found[0] == 'simpletuner.config.places':\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.addaudithook(strike)\n"
         "sys.exit(cli.main(['check']))"
     )
 
