@@ -110,3 +110,25 @@ def test_one_index_serves_all_resolutions_of_an_entry(tiny_sdxl: Path, tmp_path:
     encoded = run.encoded()
     assert main(["train", "--config", write_sets(run), "--max_train_steps=4"]) == 0
     assert run.encoded() == encoded  # what one of them found of the broken one, both know
+
+
+def test_odd_ids_are_safe_names_that_do_not_clash(
+    tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ["train", "state", "a/b", "a_b", "..", "../up", "猫", "a b", "CON", "x" * 90]
+    run = Run(tmp_path / "run", tiny_sdxl, make_pictures(tmp_path / "pictures", 2))
+    run.settings["validation_disable"] = True
+    run.more = [{**run.dataset, "id": name} for name in ids]
+    config = str(run.write())
+    assert main(["cache", "build", "--config", config]) == 0
+    capsys.readouterr()
+
+    assert main(["cache", "status", "--json", "--config", config]) == 0
+    found = [e for e in json.loads(capsys.readouterr().out) if e["title"].startswith("latents")]
+    root = (run.out / "cache" / "vae" / "sdxl").resolve()
+    folders = [Path(each["folder"]) for each in found]
+    assert len({str(folder).lower() for folder in folders}) == len(ids) + 1
+    assert all(folder.parent == root for folder in folders)
+    assert all(each["present"] == each["wanted"] == 2 for each in found)
+    indexes = list((run.out / "cache" / "index").glob("*.parquet"))
+    assert len({path.name.lower() for path in indexes}) == len(ids) + 1
