@@ -278,7 +278,7 @@ class LatentCache:
             dataset=source.id,
             model=self._model,
             dtype=str(self._place.dtype),
-            pixels=source.settings.image_background,
+            pixels=source.settings.image_background.lower(),
             tiling=self._settings.vae_enable_tiling,
         )
 

@@ -31,6 +31,17 @@ from simpletuner.core.files import fsync_folder
 HEADER_BYTES = 1 << 20
 ALIGNMENT = 64
 PACK, PART, PARTIAL, DAMAGED = ".safetensors", ".parquet", ".partial", ".damaged"
+
+
+def marked_key(name: str) -> bytes | None:
+    """The key of the entry that a file marks as damaged by its name; None for any other file."""
+    stem, _, digits = name.removesuffix(DAMAGED).rpartition(".")
+    try:
+        return bytes.fromhex(digits) if stem and name.endswith(DAMAGED) else None
+    except ValueError:
+        return None
+
+
 KEY_BYTES = 16
 
 DTYPES = MappingProxyType(

@@ -37,6 +37,7 @@ from simpletuner.cache.packs import (
     Limits,
     PackWriter,
     Parcel,
+    marked_key,
     tensor_bytes,
 )
 from simpletuner.cache.parts import (
@@ -349,9 +350,10 @@ class TensorStore:
 
     def _note_damaged(self, names: Collection[str]) -> None:
         for name in names:
-            if name.endswith(DAMAGED):
-                stem, _, key = name.removesuffix(DAMAGED).rpartition(".")
-                self._marked.setdefault(stem, set()).add(bytes.fromhex(key))
+            key = marked_key(name)
+            if key is not None:
+                stem = name.removesuffix(DAMAGED).rpartition(".")[0]
+                self._marked.setdefault(stem, set()).add(key)
 
     def _undamaged(self, stem: str, table: pa.Table) -> pa.Table:
         marked = self._marked.get(stem)

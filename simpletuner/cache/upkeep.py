@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from simpletuner.cache.packs import DAMAGED, PACK, PART, PARTIAL
+from simpletuner.cache.packs import DAMAGED, PACK, PART, PARTIAL, marked_key
 from simpletuner.cache.parts import DamagedPackError, as_table, read_part, rebuild_entries
 from simpletuner.cache.store import DamagedEntryError, TensorStore
 
@@ -145,7 +145,9 @@ def collect(folder: Path, wanted: Collection[bytes], *, dry: bool = False) -> Co
     store = TensorStore.open(folder)
     for pack in _packs(folder)[0]:
         sizes = dict(zip(pack.keys, pack.sizes, strict=True))
-        kept = [key for key in sizes if key in wanted and key not in there | pack.marked]
+        kept = [
+            key for key in sizes if key in wanted and key not in there and key not in pack.marked
+        ]
         there.update(kept)
         used, all_ = sum(sizes[key] for key in kept), sum(sizes.values())
         if used > _WASTE * all_:
@@ -173,8 +175,8 @@ def _packs(folder: Path) -> tuple[list[_Pack], int]:
     for path in sorted(folder.glob(f"*{PACK}")):
         try:
             marks = path.parent.glob(f"{path.stem}.*{DAMAGED}")
-            keys = (mark.name.removesuffix(DAMAGED).rpartition(".")[2] for mark in marks)
-            found.append(_Pack(path, _table(path), frozenset(map(bytes.fromhex, keys))))
+            keys = [key for mark in marks if (key := marked_key(mark.name)) is not None]
+            found.append(_Pack(path, _table(path), frozenset(keys)))
         except DamagedPackError:
             refused += 1
     return found, refused

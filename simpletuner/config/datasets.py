@@ -200,7 +200,7 @@ def _is_disabled(entry: Entry) -> bool:
 
 
 def _is_primary(entry: Entry) -> bool:
-    keeps = _value_of(entry, "dataset_type") in _CACHES
+    keeps = str(_value_of(entry, "dataset_type")) in _CACHES
     return not keeps and not _value_of(entry, "conditioning_type")
 
 
@@ -259,14 +259,23 @@ def _fill(
             inside = values[key] = dict(value)
             parts = {name: given[key].part(name) for name in inside}
             _fill(inside, parts, settings_of(inner), names, found, around)
-        if key not in known or not isinstance(value, str):
+        if key not in known or not isinstance(value, str | list):
             continue
-        text, missing = fill(value, names if key != "id" else {}, around.environ)
-        for name in missing:
+        is_path, allowed = known[key].hint.path, names if key != "id" else {}
+        if is_path and isinstance(value, list):  # it is what else the file would hold
+            continue
+        filled: list[object] = []
+        unset: list[str] = []
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                text, missing = fill(text, allowed, around.environ)
+                text = str(locate(text, around.cwd, around.example)) if is_path else text
+                unset += missing
+            filled.append(text)
+        values[key] = filled if isinstance(value, list) else filled[0]
+        for name in dict.fromkeys(unset):
             message = f"the environment variable {name} is not set"
             found.problems.append(given[key].problem(message))
-        is_path = known[key].hint.path
-        values[key] = str(locate(text, around.cwd, around.example)) if is_path else text
 
 
 def _add_pictures(
@@ -298,6 +307,7 @@ def _add_pictures(
             found.problems.append(subject.problem(message))
         else:
             found.problem(f"(entry {entry.number}) {message}", entry.line, key)
+    _refuse_own_pictures(dataset, given, found, around)
     _note_missing_folder(dataset, found, around)
     _note_other_captions(built, dataset, found, around)
     found.pictures.append(Read(dataset, given))
@@ -330,6 +340,27 @@ def _add_conditioning(
             " as those they belong to"
         )
     found.conditioning.append(Read(built, given))
+
+
+def _refuse_own_pictures(
+    dataset: DatasetSettings,
+    given: Mapping[str, Given],
+    found: DatasetsFile,
+    around: Surroundings,
+) -> None:
+    """A run must not be trained on the pictures that it writes."""
+    folder, subject = dataset.instance_data_dir, given.get("instance_data_dir")
+    if folder is None or subject is None or dataset.table_path is not None:
+        return
+    root, output = folder.resolve(), (around.cwd / around.output_dir).resolve()
+    inside = output.relative_to(root).parts if output.is_relative_to(root) else (".",)
+    if not any(part.startswith(".") for part in inside):  # hidden folders are no part of a dataset
+        found.problems.append(
+            subject.problem(
+                f"output_dir {shown(around.output_dir, around.cwd)} lies in this folder, and the"
+                " pictures a run writes there would be trained on; move one of the two"
+            )
+        )
 
 
 def _note_missing_folder(
@@ -374,7 +405,7 @@ def _check_ids(entries: Iterable[Entry], found: DatasetsFile) -> None:
 
 def _check_sizes(entries: Iterable[Entry], found: DatasetsFile) -> None:
     """No dataset that stands for one of several resolutions has the id of another."""
-    given = Counter(_value_of(entry, "id") for entry in entries)
+    given = Counter(str(_value_of(entry, "id")) for entry in entries)
     made = Counter(dataset.id for dataset in (*found.training, *found.evaluation))
     made.update(text.id for text, _ in found.text_embeds)
     made.update([*found.image_embeds, *(each.id for each in found.conditioning)])

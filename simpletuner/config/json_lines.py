@@ -47,7 +47,11 @@ def parse_json(text: str, file: str) -> Any:
     Raises:
         ConfigError: It is not JSON; the Problem names line, column and what to look for.
     """
-    return _Reader(text, file).document()
+    reader = _Reader(text, file)
+    try:
+        return reader.document()
+    except RecursionError:
+        raise reader.error("lists and objects lie too deep in each other here") from None
 
 
 def plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import NamedTuple
 from unicodedata import normalize
+from urllib.parse import unquote, urlsplit
 
 from simpletuner.core.table import Row, Table
 from simpletuner.data.caption_edits import CaptionFilter, TagShuffle, Trigger, surrounded
@@ -34,8 +35,11 @@ class CaptionSource(NamedTuple):
 
 
 def from_filename(source: CaptionSource) -> tuple[str, ...]:
-    """The file's name without its ending, underscores read as blanks."""
-    return (normalize("NFC", PurePosixPath(source.path).stem.replace("_", " ")).strip(),)
+    """The file's name without its ending, underscores read as blanks; of an address, its path's."""
+    path = source.path
+    if path.startswith(("http://", "https://")):
+        path = unquote(urlsplit(path).path)
+    return (normalize("NFC", PurePosixPath(path).stem.replace("_", " ")).strip(),)
 
 
 def from_textfile(source: CaptionSource) -> tuple[str, ...]:

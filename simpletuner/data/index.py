@@ -66,13 +66,22 @@ class Index:
         self.bus = bus
         self.title = title
 
+    @property
+    def _place(self) -> bytes:
+        return self.storage.place.encode(errors="surrogateescape")
+
     def load(self) -> pa.Table:
-        """The table as it was saved; empty if there is none that can be read."""
+        """The table as it was saved; empty if there is none that can be read.
+
+        One of another folder has no times: equal names, sizes and times make no equal files there.
+        """
         try:
             table = pq.read_table(self.file, page_checksum_verification=True)
-            if (table.schema.metadata or {}).get(b"format") != FORMAT:
+            marks = table.schema.metadata or {}
+            if marks.get(b"format") != FORMAT:
                 return COLUMNS.empty_table()
-            return table.select(COLUMNS.names).cast(COLUMNS)
+            table = table.select(COLUMNS.names).cast(COLUMNS)
+            return table if marks.get(b"place") == self._place else _of_another_place(table)
         except FileNotFoundError:
             return COLUMNS.empty_table()
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -85,7 +94,7 @@ class Index:
         Raises:
             CacheError: The disk refused.
         """
-        marked = table.replace_schema_metadata({b"format": FORMAT})
+        marked = table.replace_schema_metadata({b"format": FORMAT, b"place": self._place})
         fix = "make room, or set cache_dir to another disk, then start again"
         with writing(CacheError, self.file.name, self.file.parent, fix):
             write_through(
@@ -269,6 +278,15 @@ def _unchanged(
     at = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     same = (at >= 0) & (now.size >= 0) & (_numbers(old["size"])[at] == now.size)
     return same & (_numbers(old["mtime_ns"])[at] == now.mtime_ns), at
+
+
+def _of_another_place(table: pa.Table) -> pa.Table:
+    """`table` whose files are all looked at again; what it knows of their contents stays."""
+    for name in ("mtime_ns", "caption_mtime_ns"):
+        column = table.schema.get_field_index(name)
+        unsure = pa.array(np.full(len(table), UNSURE, np.int64))
+        table = table.set_column(column, COLUMNS.field(name), unsure)
+    return table
 
 
 def marked(

@@ -143,7 +143,10 @@ def _json(path: Path, kinds: Mapping[str, pa.DataType]) -> TableFile:
         else:
             there = [name for name in kinds if name in names or table[name].null_count < len(table)]
             return TableFile(table.select(there), (*names, *set(there).difference(names)), encoding)
-    return _json_by_hand(path.read_text(encoding=encoding), kinds, encoding)
+    try:
+        return _json_by_hand(path.read_text(encoding=encoding), kinds, encoding)
+    except RecursionError:
+        raise ValueError("lists and objects lie too deep in each other") from None
 
 
 def _json_by_hand(text: str, kinds: Mapping[str, pa.DataType], encoding: str) -> TableFile:

@@ -26,6 +26,10 @@ class Storage(Protocol):
     def title(self) -> str:
         """Where it is, for messages."""
 
+    @property
+    def place(self) -> str:
+        """What tells it from every other storage whose keys may be the same."""
+
     def keys(self) -> list[str]:
         """Every picture, sorted; where pictures are named by a table, those that are missing too.
 

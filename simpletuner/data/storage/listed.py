@@ -24,17 +24,22 @@ class ListedStorage:
         self._web = web
         self.title = title
 
+    @property
+    def place(self) -> str:
+        """That of the folder: an address means the same everywhere."""
+        return self._folder.place
+
     def keys(self) -> list[str]:
         """Every name, sorted, whether there is such a file or not."""
         return self._names
 
     def read(self, key: str) -> bytes:
         """The bytes of a file."""
-        return self._place(key).read(key)
+        return self._holder(key).read(key)
 
     def facts(self, key: str) -> FileFacts | None:
         """Size and time of a file, or None where there is none."""
-        return self._place(key).facts(key)
+        return self._holder(key).facts(key)
 
-    def _place(self, key: str) -> Storage:
+    def _holder(self, key: str) -> Storage:
         return self._web if key.startswith(SCHEMES) else self._folder

@@ -31,6 +31,11 @@ class LocalStorage:
         """The folder as the user wrote it."""
         return str(self.root)
 
+    @property
+    def place(self) -> str:
+        """The folder itself, whatever links lead to it."""
+        return str(self.root.resolve())
+
     def keys(self) -> list[str]:
         """Every picture under the folder, sorted.
 
@@ -80,9 +85,16 @@ class LocalStorage:
         for entry in entries:
             if entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from self._walk(
                     folder / entry.name, f"{prefix}{entry.name}/", above | {identity}
                 )
             elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
                 yield prefix + entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: a picture by its name, and reading it says why it is none
+        return False

@@ -76,6 +76,11 @@ class WebStorage:
         """Where the downloads are kept."""
         return f"web addresses, kept in {self.folder}"
 
+    @property
+    def place(self) -> str:
+        """The web: an address means the same everywhere."""
+        return "web"
+
     def keys(self) -> list[str]:
         """Every address, sorted, whether it was fetched or not."""
         return self._urls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
     found = survey(tmp_path / "none", {key(1)})
     assert (found.wanted, found.present, found.packs) == (1, 0, 0)
     assert collect(tmp_path / "none", set()) == Collected(0, 0, 0)
+
+
+def test_a_file_that_only_looks_like_a_mark_of_damage_is_passed_over(folder: Path) -> None:
+    for name in ("note.damaged", "x.note.damaged", ".damaged"):
+        (folder / name).write_text("mine")
+    with closing(TensorStore.open(folder)) as store:
+        assert len(store.missing([key(number) for number in range(3)])) == 0
+    assert collect(folder, set(), dry=True).entries > 0
 
 
 def test_unused_packs_go_and_half_used_ones_are_written_anew(folder: Path) -> None:

@@ -41,6 +41,38 @@ def test_placeholders_are_filled_in_and_other_braces_stay(place: Workplace) -> N
     assert place.messages() == ["instance_prompt: the environment variable WHO is not set"]
 
 
+def test_placeholders_inside_a_list_are_filled_in_too(place: Workplace) -> None:
+    place.datasets("", {**PICTURES, "instance_prompt": ["a {id}", "{env:WHO}"]})
+
+    assert place.load(WHO="me").datasets.training[0].instance_prompt == ("a pictures", "me")
+    assert place.messages() == ["instance_prompt: the environment variable WHO is not set"]
+
+
+@pytest.mark.parametrize("value", [["image"], {"x": 1}])
+@pytest.mark.parametrize("key", ["id", "dataset_type"])
+def test_a_list_or_an_object_where_a_word_belongs_is_told(
+    place: Workplace, key: str, value: object
+) -> None:
+    place.datasets("", {**PICTURES, key: value})
+
+    assert any(message.startswith(f"{key}: ") for message in place.messages())
+
+
+@pytest.mark.parametrize(
+    ("output", "refused"),
+    [("pictures/out", True), ("pictures", True), ("pictures/.out", False), ("out", False)],
+)
+def test_an_output_folder_inside_a_dataset_is_refused(
+    place: Workplace, output: str, refused: bool
+) -> None:
+    place.config(output_dir=output)
+    place.datasets("", PICTURES)
+
+    said = [message for message in place.messages() if "would be trained on" in message]
+
+    assert bool(said) is refused
+
+
 def test_disabled_entries_are_left_out(place: Workplace) -> None:
     off = {"id": "off", "type": "nonsense", "disable": "true"}
     place.datasets("", off, PICTURES)

@@ -81,6 +81,7 @@ def test_a_missing_comma_is_named_where_it_is_missing() -> None:
         ('{"a": 1} }', "something follows"),
         ("  ", "is empty"),
         ("[1, -]", "a number is expected"),
+        ("[" * 100_000, "too deep in each other"),
     ],
 )
 def test_what_is_no_json_is_said_in_plain_words(text: str, hint: str) -> None:

@@ -16,6 +16,7 @@ from simpletuner.data import index as index_module
 from simpletuner.data import looking
 from simpletuner.data.columns import COLUMNS
 from simpletuner.data.index import Index
+from simpletuner.data.looking import UNSURE
 from simpletuner.data.storage.base import FileFacts
 from simpletuner.data.storage.local import LocalStorage
 from tests.hearing import Heard
@@ -171,7 +172,12 @@ def test_a_flipped_byte_in_the_index_never_changes_what_is_known(folder: Path, f
         file.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
         storage = LocalStorage(folder)
         found = Index(file, storage, workers=1, bus=Bus(), title="index").load()
-        assert len(found) == 0 or found.equals(whole), at
+        if len(found) and found["mtime_ns"] != whole["mtime_ns"]:  # it passes for another folder's
+            assert set(found["mtime_ns"].to_pylist()) == {UNSURE}, at
+            columns = ["path", "size", "content", "width", "height", "mode", "status", "reason"]
+            assert found.select(columns).equals(whole.select(columns)), at
+        else:
+            assert len(found) == 0 or found.equals(whole), at
 
 
 def test_an_index_of_another_format_is_not_used(folder: Path, file: Path) -> None:
@@ -245,6 +251,7 @@ class Many:
     """A storage of pictures that are all alike, for size."""
 
     title = "many"
+    place = "many"
 
     def __init__(self, count: int) -> None:
         self.names = [f"folder/{number:07}.bmp" for number in range(count)]
