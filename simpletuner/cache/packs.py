@@ -31,17 +31,6 @@ from simpletuner.core.files import fsync_folder
 HEADER_BYTES = 1 << 20
 ALIGNMENT = 64
 PACK, PART, PARTIAL, DAMAGED = ".safetensors", ".parquet", ".partial", ".damaged"
-
-
-def marked_key(name: str) -> bytes | None:
-    """The key of the entry that a file marks as damaged by its name; None for any other file."""
-    stem, _, digits = name.removesuffix(DAMAGED).rpartition(".")
-    try:
-        return bytes.fromhex(digits) if stem and name.endswith(DAMAGED) else None
-    except ValueError:
-        return None
-
-
 KEY_BYTES = 16
 
 DTYPES = MappingProxyType(
@@ -65,6 +54,17 @@ DTYPES = MappingProxyType(
 _NAMES = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 METADATA = MappingProxyType({"format": "pt", "cache": "1"})
 _OPENING = f'{{"__metadata__":{json.dumps(dict(METADATA), separators=(",", ":"))}'
+
+
+def damage_mark(name: str) -> tuple[str, bytes] | None:
+    """The pack (its stem) and key of the entry that a file's name marks as damaged, else None."""
+    stem, _, digits = name.removesuffix(DAMAGED).rpartition(".")
+    if not stem or not name.endswith(DAMAGED):
+        return None
+    try:
+        return stem, bytes.fromhex(digits)
+    except ValueError:  # another file that happens to end like one
+        return None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from simpletuner.cache.packs import (
     Limits,
     PackWriter,
     Parcel,
-    marked_key,
+    damage_mark,
     tensor_bytes,
 )
 from simpletuner.cache.parts import (
@@ -350,9 +350,9 @@ class TensorStore:
 
     def _note_damaged(self, names: Collection[str]) -> None:
         for name in names:
-            key = marked_key(name)
-            if key is not None:
-                stem = name.removesuffix(DAMAGED).rpartition(".")[0]
+            mark = damage_mark(name)
+            if mark is not None:
+                stem, key = mark
                 self._marked.setdefault(stem, set()).add(key)
 
     def _undamaged(self, stem: str, table: pa.Table) -> pa.Table:

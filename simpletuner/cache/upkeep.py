@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from simpletuner.cache.packs import DAMAGED, PACK, PART, PARTIAL, marked_key
+from simpletuner.cache.packs import DAMAGED, PACK, PART, PARTIAL, damage_mark
 from simpletuner.cache.parts import DamagedPackError, as_table, read_part, rebuild_entries
 from simpletuner.cache.store import DamagedEntryError, TensorStore
 
@@ -175,8 +175,8 @@ def _packs(folder: Path) -> tuple[list[_Pack], int]:
     for path in sorted(folder.glob(f"*{PACK}")):
         try:
             marks = path.parent.glob(f"{path.stem}.*{DAMAGED}")
-            keys = [key for mark in marks if (key := marked_key(mark.name)) is not None]
-            found.append(_Pack(path, _table(path), frozenset(keys)))
+            keys = frozenset(mark[1] for file in marks if (mark := damage_mark(file.name)))
+            found.append(_Pack(path, _table(path), keys))
         except DamagedPackError:
             refused += 1
     return found, refused

@@ -353,7 +353,9 @@ def _refuse_own_pictures(
     if folder is None or subject is None or dataset.table_path is not None:
         return
     root, output = folder.resolve(), (around.cwd / around.output_dir).resolve()
-    inside = output.relative_to(root).parts if output.is_relative_to(root) else (".",)
+    if not output.is_relative_to(root):
+        return
+    inside = output.relative_to(root).parts
     if not any(part.startswith(".") for part in inside):  # hidden folders are no part of a dataset
         found.problems.append(
             subject.problem(

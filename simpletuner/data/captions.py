@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import NamedTuple
 from unicodedata import normalize
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from simpletuner.core.table import Row, Table
 from simpletuner.data.caption_edits import CaptionFilter, TagShuffle, Trigger, surrounded
+from simpletuner.data.storage.web import SCHEMES
 
 SEPARATOR = "\x1e"
 """Stands between the captions that a row of a table has, in the one text that is kept of them."""
@@ -37,8 +38,8 @@ class CaptionSource(NamedTuple):
 def from_filename(source: CaptionSource) -> tuple[str, ...]:
     """The file's name without its ending, underscores read as blanks; of an address, its path's."""
     path = source.path
-    if path.startswith(("http://", "https://")):
-        path = unquote(urlsplit(path).path)
+    if path.startswith(SCHEMES):
+        path = unquote(path.partition("?")[0].partition("#")[0])
     return (normalize("NFC", PurePosixPath(path).stem.replace("_", " ")).strip(),)
 
 

@@ -123,6 +123,7 @@ def other_table(run: Run) -> None:
         (lambda run: run.dataset.update(caption_dropout_probability=0.5), 0, 0),
         (lambda run: run.settings.update(train_batch_size=1, lora_rank=8), 0, 0),
         (lambda run: run.settings.update(validation_prompt="another"), 1, 0),
+        (lambda run: run.settings.update(image_background="#FFFFFF"), 0, 0),  # as without it
     ],
     ids=[
         "nothing",
@@ -143,6 +144,7 @@ def other_table(run: Run) -> None:
         "dropout",
         "batch",
         "prompt",
+        "spelling of a colour",
     ],
 )
 def test_exactly_what_a_change_touches_is_encoded_again(

@@ -17,6 +17,7 @@ def captions(strategy: str, path: str = "a/b.png", text: str | None = None, **re
         ("dogs/a_red_dog.jpg", "a red dog"),
         ("a.b, c-d.png", "a.b, c-d"),
         ("_edge_.png", "edge"),
+        ("http://[no address/a_cat.png?x=1", "a cat"),
         ("https://example.com/x/a_red%20dog.jpg?signature=a.b/y_z", "a red dog"),
         ("cafe\u0301.png", "caf\u00e9"),
     ],

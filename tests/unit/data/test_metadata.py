@@ -187,6 +187,7 @@ def test_categories_and_numbers_are_texts(tmp_path: Path) -> None:
         ("t.json", b'[{"image": ["a", "b"], "prompt": "x"}]', "names several files"),
         ("t.jsonl", b'{"image": "a"}\n{"image": "a"\n', "line 2: Expecting"),
         ("t.parquet", b"PAR1", "\n  write or copy it anew; it is damaged, or no Parquet"),
+        ("t.json", b"[" * 100_000, "lie too deep in each other"),
         ("t.json", b"[", "\n  mend it; it is a list of objects"),
         ("t.jsonl", b'{"image"', "\n  mend it; it has an object, {…}, on each line"),
     ],
