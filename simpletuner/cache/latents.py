@@ -125,9 +125,7 @@ class LatentCache:
         with EncodingStage(STAGE, len(tasks), bus, _FIX) as stage, decoding(tasks) as decoded:
             for task, pixels in decoded:
                 if isinstance(pixels, PictureError):
-                    where = f"dataset {task.source.id}: {task.source.path(task.row)} "
-                    reason = pixels.message.removeprefix(where)
-                    faults.setdefault(task.source.id, {})[task.content] = reason
+                    faults.setdefault(task.source.id, {})[task.content] = pixels.reason
                     stage.advance(1)
                     continue
                 if group and not task.joins([each for each, _ in group]):
@@ -222,7 +220,7 @@ class LatentCache:
         size = source.settings.vae_batch_size
         parts = []
         for start in range(0, len(samples), size):
-            pixels = [decode_now(source, sample) for sample in samples[start : start + size]]
+            pixels = decode_now(source, samples[start : start + size])
             parts.append(self._encode(pixels, noise[start : start + size]).cpu())
             require_finite(parts[-1], STAGE, _FIX)
         return torch.cat(parts)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from simpletuner.core.errors import DataError
+from simpletuner.data.excluded import listed
 from simpletuner.data.pixels import PictureError
 
 if TYPE_CHECKING:
@@ -76,16 +77,29 @@ def _in_order(pool: ThreadPoolExecutor, tasks: Sequence[Task], ahead: int) -> It
         yield first, future.result()
 
 
-def decode_now(source: DataSource, sample: Sample) -> torch.Tensor:
-    """[3, H, W] uint8 of a draw.
+def decode_now(source: DataSource, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    """[3, H, W] uint8 of each draw.
 
     Raises:
-        DataError: It cannot be decoded.
+        DataError: One cannot be decoded. The index of `source` keeps that, so that the next start
+            leaves it out.
     """
-    try:
-        return _decode(source, sample)
-    except PictureError as error:
-        raise DataError(error.message, fix="repair or remove it and start again") from error
+    found, faults = [], {}
+    for sample in samples:
+        try:
+            found.append(_decode(source, sample))
+        except PictureError as error:
+            faults[sample.path] = error.reason
+    if faults:
+        source.remember(faults)
+        (path, reason), *others = faults.items()
+        more = "".join(f"\n{line}" for line in [listed(dict(others))] if others)
+        raise DataError(
+            f"dataset {source.id}: {path} {reason}{more}",
+            fix="the next start leaves it out, and `simpletuner data verify` finds all such"
+            " pictures at once; else repair or remove it and start again",
+        )
+    return found
 
 
 def _decode(source: DataSource, drawn: int | Sample) -> torch.Tensor:

@@ -50,7 +50,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class Collected:
-    """What `collect` removed: entries, unfinished packs, and bytes of files."""
+    """What `collect` removed: entries, unfinished or unreadable packs, and bytes of files."""
 
     entries: int
     unfinished: int
@@ -73,12 +73,6 @@ class _Pack:
         found: list[int] = self.table["nbytes"].to_pylist()
         return found
 
-    @property
-    def files(self) -> list[Path]:
-        """The pack, its part and what marks entries of it as damaged; the part goes first."""
-        stem, folder = self.path.stem, self.path.parent
-        return [folder / f"{stem}{PART}", self.path, *folder.glob(f"{stem}.*{DAMAGED}")]
-
 
 def survey(folder: Path, wanted: Collection[bytes]) -> Survey:
     """Count what is in `folder`; nothing is changed."""
@@ -100,7 +94,7 @@ def survey(folder: Path, wanted: Collection[bytes]) -> Survey:
         file_bytes=sum(pack.path.stat().st_size for pack in packs),
         packs=len(packs),
         unfinished=len(list(folder.glob(f"*{PARTIAL}"))),
-        refused=refused,
+        refused=len(refused),
     )
 
 
@@ -143,7 +137,8 @@ def collect(folder: Path, wanted: Collection[bytes], *, dry: bool = False) -> Co
     there: set[bytes] = set()
     gone: list[_Pack] = []
     store = TensorStore.open(folder)
-    for pack in _packs(folder)[0]:
+    packs, refused = _packs(folder)
+    for pack in packs:
         sizes = dict(zip(pack.keys, pack.sizes, strict=True))
         kept = [
             key for key in sizes if key in wanted and key not in there and key not in pack.marked
@@ -161,24 +156,34 @@ def collect(folder: Path, wanted: Collection[bytes], *, dry: bool = False) -> Co
             except DamagedEntryError:  # it counts as missing, but for a copy in a later pack
                 there.discard(key)
     store.close()
-    left = [file for file in folder.glob(f"*{PARTIAL}") if _age(file) > STALE_SECONDS]
+    lone = (p for p in folder.glob(f"*{PART}") if not p.with_suffix(PACK).exists())
+    half = [file for file in (*folder.glob(f"*{PARTIAL}"), *lone) if _age(file) > STALE_SECONDS]
+    left = half + [file for pack in refused for file in _files_of(pack)]
+    count = len(half) + len(refused)
     if dry:
-        return Collected(entries, len(left), unused + sum(file.stat().st_size for file in left))
-    for file in [file for pack in gone for file in pack.files] + left:
+        return Collected(entries, count, unused + sum(file.stat().st_size for file in left))
+    for file in [file for pack in gone for file in _files_of(pack.path)] + left:
         file.unlink(missing_ok=True)
-    return Collected(entries, len(left), before - _bytes(folder))
+    return Collected(entries, count, before - _bytes(folder))
 
 
-def _packs(folder: Path) -> tuple[list[_Pack], int]:
-    """The packs in the order they were begun, and how many cannot be read."""
-    found, refused = [], 0
+def _files_of(pack: Path) -> list[Path]:
+    """A pack's part, itself, and what marks entries of it as damaged; the part goes first."""
+    stem, folder = pack.stem, pack.parent
+    files = (folder / f"{stem}{PART}", pack, *folder.glob(f"{stem}.*{DAMAGED}"))
+    return [file for file in files if file.exists()]
+
+
+def _packs(folder: Path) -> tuple[list[_Pack], list[Path]]:
+    """The packs in the order they were begun, and those that cannot be read."""
+    found, refused = [], []
     for path in sorted(folder.glob(f"*{PACK}")):
         try:
             marks = path.parent.glob(f"{path.stem}.*{DAMAGED}")
             keys = frozenset(mark[1] for file in marks if (mark := damage_mark(file.name)))
             found.append(_Pack(path, _table(path), keys))
         except DamagedPackError:
-            refused += 1
+            refused.append(path)
     return found, refused
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -218,7 +218,9 @@ def _read_entry(entry: Entry, found: DatasetsFile, around: Surroundings) -> None
     names = {"output_dir": str(around.output_dir), "id": str(values.get("id", ""))}
     if around.model_family:
         names["model_family"] = around.model_family
+    before = len(found.problems)
     _fill(values, given, known, names, found, around)
+    unset = {problem.key for problem in found.problems[before:]}
     built, problems = build_section(section, values, given)
     found.problems += [_placed(problem, entry, found.name) for problem in problems]
     found.pending += waiting([built], given)
@@ -234,7 +236,7 @@ def _read_entry(entry: Entry, found: DatasetsFile, around: Surroundings) -> None
     elif isinstance(built, DatasetSettings) and built.role == "conditioning":
         _add_conditioning(built, given, values, found, around)
     elif isinstance(built, DatasetSettings):
-        _add_pictures(built, entry, given, found, around)
+        _add_pictures(built, entry, given, found, around, unset)
 
 
 def _placed(problem: Problem, entry: Entry, name: str) -> Problem:
@@ -284,8 +286,9 @@ def _add_pictures(
     given: Mapping[str, Given],
     found: DatasetsFile,
     around: Surroundings,
+    unset: Container[str],
 ) -> None:
-    """Add one set of pictures, with what it inherits."""
+    """Add one set of pictures, with what it inherits; of keys in `unset` nothing more is said."""
     cache = around.cache
     kept = found.image_embeds.get(built.image_embeds or "")
     root = kept.cache_dir if kept else None
@@ -303,6 +306,8 @@ def _add_pictures(
     # What is wrong with several of them alike is said once.
     for key, message in dict.fromkeys(said for each in sizes for said in contradictions(each)):
         subject = given.get(key) or around.given.get(key)
+        if subject and subject.key in unset:  # it is empty for another reason
+            continue
         if subject:
             found.problems.append(subject.problem(message))
         else:
@@ -333,6 +338,7 @@ def _add_conditioning(
     around: Surroundings,
 ) -> None:
     """Add a set that goes with the pictures of another."""
+    _refuse_own_pictures(built, given, found, around)
     _note_missing_folder(built, found, around)
     if idle := idle_keys(values):
         found.notes.append(

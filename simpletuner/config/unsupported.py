@@ -307,6 +307,36 @@ _GROUPS = (
         "disable_vae_cache=false",
     ),
     (
+        "is not here: repeats counts further passes, one less than this; write repeats",
+        "num_repeats",
+    ),
+    (
+        "is not here; max_workers says how many threads read a dataset",
+        "dataset_num_workers",
+    ),
+    (
+        "is not here; an entry with conditioning_data names the pictures that go with another's",
+        "extra_inputs data_file_keys_control",
+    ),
+    (
+        "is not here; write resolution, with resolution_type max_pixels for an area in px",
+        "max_pixels height width",
+    ),
+    (
+        "is not here: pictures are never mirrored, for not every face or text may be; add mirrored"
+        " copies of those that may",
+        "flip flip_x flip_y flip_aug flip_h flip_v random_flip horizontal_flip",
+    ),
+    (
+        "is not here; repeats and probability say how often a dataset counts",
+        "loss_multiplier loss_weight network_weight",
+    ),
+    (
+        "is not here: a mask is white where something is learned, and grey counts in part; change"
+        " the masks",
+        "invert_mask mask_min_value mask_invert unmasked_weight",
+    ),
+    (
         "is not here: give the dataset its repeats; remove it",
         "disable_after_epoch_step slider_strength",
     ),

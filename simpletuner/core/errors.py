@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from simpletuner.core.text import printable
+
 RESUME = "resume_from_checkpoint=latest, the default, resumes from the last checkpoint"
 """How every advice ends after which a run can go on; true whatever the setting is now."""
 
@@ -52,13 +54,14 @@ class SimpleTunerError(Exception):
     """Root of the errors a user can meet.
 
     Args:
-        message: What happened, and where.
+        message: What happened, and where; secrets in web addresses are left out.
         fix: What to do about it; printed on a line of its own.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, *, fix: str | None = None) -> None:
+        message = printable(message)
         super().__init__(message if fix is None else f"{message}\n  {fix}")
         self.message = message
         self.fix = fix

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from simpletuner.core.text import printable
+
 log = logging.getLogger(__name__)
 
 
@@ -192,8 +194,8 @@ class Bus:
             worker.put(event)
 
     def notice(self, text: str, level: str = "info") -> None:
-        """Emit a Notice."""
-        self.emit(Notice(level=level, text=text))
+        """Emit a Notice; secrets in web addresses are left out."""
+        self.emit(Notice(level=level, text=printable(text)))
 
     def close(self, timeout: float = 10.0) -> None:
         """Let every sink drain its queue and close; leaves a stuck one behind after `timeout` s."""

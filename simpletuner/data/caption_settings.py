@@ -115,6 +115,9 @@ def caption_contradictions(entry: DatasetCaptionSettings) -> Iterator[tuple[str,
     ]
     if wants and not entry.instance_prompt:
         yield wants[0], "needs instance_prompt: the text to use"
+    prompts = entry.instance_prompt
+    if isinstance(prompts, tuple) and not all(map(str.strip, prompts)):
+        yield "instance_prompt", "holds an empty text; remove it from the list"
     if entry.prepend_trigger_word and not entry.trigger_word:
         yield "prepend_trigger_word", "needs trigger_word: the word to use"
     if not entry.trigger_word:

@@ -17,7 +17,8 @@ FILE_COLUMNS = pa.schema(
         ("content", pa.binary(16)),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("mode", pa.string()),
+        ("alpha", pa.bool_()),
+        ("frames", pa.bool_()),
         ("status", pa.string()),
         ("reason", pa.string()),
     ]
@@ -26,6 +27,7 @@ TEXT_COLUMNS = pa.schema(
     [
         ("caption_size", pa.int64()),
         ("caption_mtime_ns", pa.int64()),
+        ("caption_shared", pa.bool_()),
         ("caption", pa.large_string()),
         ("caption_reason", pa.string()),
     ]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from simpletuner.core.text import printable
 
 FAULTS_ALLOWED = (2, 0.05)
 """So many pictures, or this share of them, may be unusable before it is an error."""
 
 FAULTS_LISTED = 10
-
-_ADDRESS = re.compile(r"(?i)(https?://)(?:[^\s/?#]*@)?([^\s?#]*)([?#]\S*)?")
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Excluded:
     example: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "example", without_secrets(self.example))
+        object.__setattr__(self, "example", printable(self.example))
 
 
 def pictures(count: int) -> str:
@@ -40,12 +39,7 @@ def pictures(count: int) -> str:
 def listed(reasons: Mapping[str, str]) -> str:
     """The first reasons, a line each."""
     first = list(reasons.items())[:FAULTS_LISTED]
-    lines = [f"  {without_secrets(path)}: {reason}" for path, reason in first]
+    lines = [f"  {printable(path)}: {reason}" for path, reason in first]
     if len(reasons) > FAULTS_LISTED:
         lines.append(f"  and {len(reasons) - FAULTS_LISTED} more")
     return "\n".join(lines)
-
-
-def without_secrets(text: str) -> str:
-    """`text` without the passwords and the queries, which may be signed, of its web addresses."""
-    return _ADDRESS.sub(lambda m: m[1] + m[2] + ("?…" if m[3] else ""), text)

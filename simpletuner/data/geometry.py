@@ -21,6 +21,9 @@ Numbers = NDArray[np.float64]
 
 MILLION = 1_000_000
 
+CHUNK = 1 << 16
+"""Pictures whose shapes are weighed at once."""
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -73,13 +76,31 @@ class Shapes:
         ratios = np.array(self.ratios)
         if self.weights:
             shares = np.cumsum(self.weights) / sum(self.weights)
-            drawn = (keys >> np.uint64(11)) * 2.0**-53
-            chosen = np.searchsorted(shares[:-1], drawn, side="right")
+            chosen = np.searchsorted(shares[:-1], _parts_of_one(keys), side="right")
         else:
             # Two shapes are equally near at their geometric mean.
             chosen = np.searchsorted(np.sqrt(ratios[1:] * ratios[:-1]), sizes[:, 0] / sizes[:, 1])
         shapes: Numbers = ratios[chosen]
         return shapes
+
+    def among(self, allowed: Flags, keys: Keys) -> Numbers:
+        """The shape of each picture, drawn from those of the k shapes that it may have.
+
+        Args:
+            allowed: [n, k]; where a picture may have none, it draws from all.
+            keys: [n] 64 random bits of each picture.
+        """
+        allowed = allowed | ~allowed.any(axis=1, keepdims=True)
+        # A shape that is not allowed has no share: the next one begins where it does.
+        shares = np.cumsum(np.where(allowed, self.weights, 0.0), axis=1)
+        drawn = _parts_of_one(keys) * shares[:, -1]
+        shapes: Numbers = np.array(self.ratios)[(shares <= drawn[:, None]).sum(axis=1)]
+        return shapes
+
+
+def _parts_of_one(keys: Keys) -> Numbers:
+    """[n] uniform in [0, 1)."""
+    return (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 SQUARE = Shapes((1.0,))
@@ -100,6 +121,8 @@ class GeometryRule:
         maximum: Pictures above this size are brought down to `downsample` before a crop; the rest
             are not touched by it. None turns it off.
         downsample: See `maximum`; never enlarges.
+        most_enlarged: Shapes that would enlarge a picture by more than this share are not drawn for
+            it while there is another.
     """
 
     resolution: float
@@ -111,6 +134,7 @@ class GeometryRule:
     style: str = "center"
     maximum: float | None = None
     downsample: float | None = None
+    most_enlarged: float | None = None
 
     def targets(self, sizes: Sizes, keys: Keys) -> Sizes:
         """The size of each picture's crop, [n, 2]: what a bucket is.
@@ -120,11 +144,27 @@ class GeometryRule:
             keys: [n] 64 random bits of each picture; only shapes with weights look at them.
         """
         if self.crop and self.shapes is not None:
-            return self._edges(self.shapes.of(sizes, keys), sizes)
+            return self._edges(self._chosen(self.shapes, sizes, keys), sizes)
         distinct, back = group(sizes)
         exact = self.measure.unit == "max_pixels"
         ratios = distinct[:, 0] / distinct[:, 1] if exact else self._ratios(distinct)
         return self._edges(ratios, distinct)[back]
+
+    def _chosen(self, shapes: Shapes, sizes: Sizes, keys: Keys) -> Numbers:
+        # The nearest shape enlarges least anyway.
+        if self.most_enlarged is None or not shapes.weights:
+            return shapes.of(sizes, keys)
+        chosen = np.empty(len(sizes))
+        for start in range(0, len(sizes), CHUNK):  # every shape of every picture is many numbers
+            part = slice(start, start + CHUNK)
+            some = sizes[part]
+            scales = [
+                self.cover_scale(some, self._edges(np.full(len(some), ratio), some))
+                for ratio in shapes.ratios
+            ]
+            allowed = ~too_large(np.stack(scales, axis=1), self.most_enlarged)
+            chosen[part] = shapes.among(allowed, keys[part])
+        return chosen
 
     def _edges(self, ratios: Numbers, sizes: Sizes) -> Sizes:
         """The size that each ratio has at the resolution, in whole alignments."""
@@ -253,5 +293,11 @@ class SizeFilter:
         if self.most_ratio is not None:
             found["maximum_aspect_ratio"] = ratio > self.most_ratio
         if self.most_enlarged is not None:
-            found["max_upscale_threshold"] = scales > 1 + self.most_enlarged + 1e-9
+            found["max_upscale_threshold"] = too_large(scales, self.most_enlarged)
         return found
+
+
+def too_large(scales: Numbers, most_enlarged: float) -> Flags:
+    """Which factors enlarge by more than a share; rounding alone is never more."""
+    found: Flags = scales > 1 + most_enlarged + 1e-9
+    return found

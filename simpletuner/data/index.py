@@ -1,8 +1,9 @@
 """The index of a dataset: one Parquet table, kept current by looking only at what has changed.
 
-Columns: path, size, mtime_ns, content (16 bytes), width, height (after orientation), mode, status
-(``ok`` or ``reject``), reason; caption_size, caption_mtime_ns, caption, caption_reason of the text
-file beside the picture, where the dataset reads one. Sorted by path.
+Columns: path, size, mtime_ns, content (16 bytes), width, height (after orientation), alpha (it may
+be transparent), frames (it has several), status (``ok`` or ``reject``), reason; caption_size,
+caption_mtime_ns, caption_shared (it is the folder's), caption, caption_reason of the text file
+beside the picture, where the dataset reads one. Sorted by path.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -30,7 +32,9 @@ from simpletuner.data.looking import CANNOT_READ, NO_FACTS, UNSURE, Look, settle
 from simpletuner.data.pixels import PictureError
 from simpletuner.data.storage.base import Storage, is_text
 
-FORMAT = b"1"
+FORMAT = b"2"
+DECODER = PIL.__version__.encode()
+
 CHUNK = 1024
 """Files looked at between two reports of progress."""
 
@@ -81,6 +85,8 @@ class Index:
             if marks.get(b"format") != FORMAT:
                 return COLUMNS.empty_table()
             table = table.select(COLUMNS.names).cast(COLUMNS)
+            if marks.get(b"decoder") != DECODER:  # another one may read what that could not
+                table = table.filter(pc.not_equal(table["status"], "reject"))
             return table if marks.get(b"place") == self._place else _of_another_place(table)
         except FileNotFoundError:
             return COLUMNS.empty_table()
@@ -94,7 +100,9 @@ class Index:
         Raises:
             CacheError: The disk refused.
         """
-        marked = table.replace_schema_metadata({b"format": FORMAT, b"place": self._place})
+        marked = table.replace_schema_metadata(
+            {b"format": FORMAT, b"decoder": DECODER, b"place": self._place}
+        )
         fix = "make room, or set cache_dir to another disk, then start again"
         with writing(CacheError, self.file.name, self.file.parent, fix):
             write_through(
@@ -180,16 +188,21 @@ class Index:
         return table.take(pa.array(order)), len(todo)
 
     def _texts(self, table: pa.Table, pool: ThreadPoolExecutor) -> pa.Table:
-        keys = [text_key(path) for path in table["path"].to_pylist()]
-        keys, now = self._with_folder_texts(keys, self._listing(keys, pool), pool)
+        owns = [text_key(path) for path in table["path"].to_pylist()]
+        keys, now = self._with_folder_texts(list(owns), self._listing(owns, pool), pool)
         there = now.size >= 0
-        same = there & (now.size == _numbers(table["caption_size"]))
+        shared = np.array([key != own for key, own in zip(keys, owns, strict=True)], np.bool_)
+        known = table["caption_shared"].combine_chunks().fill_null(False)
+        same = there & (shared == known.to_numpy(zero_copy_only=False))
+        same &= now.size == _numbers(table["caption_size"])
         same &= now.mtime_ns == _numbers(table["caption_mtime_ns"])
         todo = np.flatnonzero(there & ~same)
         parts, cp1252 = [table.select(TEXT_COLUMNS.names)], []
         for _, rows in _chunks(todo):
             look = [(keys[i], int(now.size[i]), int(now.mtime_ns[i])) for i in rows.tolist()]
             read = list(pool.map(self._read_text, look))
+            for i, (row, _) in zip(rows.tolist(), read, strict=True):
+                row["caption_shared"] = bool(shared[i])
             cp1252 += [
                 key for key, (_, encoding) in zip(look, read, strict=True) if encoding == "cp1252"
             ]

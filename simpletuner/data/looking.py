@@ -5,17 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any
 
 import pyarrow as pa
 
+from simpletuner.core.text import LARGE_PICTURE
 from simpletuner.data.columns import COLUMNS
 from simpletuner.data.probe import probe
-from simpletuner.data.storage.base import Storage
+from simpletuner.data.storage.base import UNREAD_SUFFIXES, Storage, ending_of
 from simpletuner.data.storage.local import LocalStorage
 
 Known = tuple[str, int, int]
@@ -53,6 +55,10 @@ class Look:
     def __call__(self, known: Known) -> dict[str, Any]:
         """A row of an index without its text columns."""
         path, size, mtime_ns = known
+        if (ending := ending_of(path)) in UNREAD_SUFFIXES:
+            reason = f"{ending} files are not read; save it as PNG or JPEG"
+            row = {"path": path, "size": size, "mtime_ns": mtime_ns}
+            return {**row, "status": "reject", "reason": reason}
         try:
             data = self.storage.read(path)
         except OSError as error:
@@ -70,8 +76,7 @@ class Look:
         found = probe(data)
         if isinstance(found, str):
             return {**row, "status": "reject", "reason": found}
-        size_and_mode = {"width": found.width, "height": found.height, "mode": found.mode}
-        return {**row, **size_and_mode, "status": "ok"}
+        return {**row, **asdict(found), "status": "ok"}
 
     def together(self, some: Sequence[Known]) -> pa.Table:
         """The rows of some files."""
@@ -102,6 +107,7 @@ class Look:
 def _let_go() -> None:
     """Leave Ctrl-C to the process that started this one, which ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", message=LARGE_PICTURE)
 
 
 def settled(mtime_ns: int) -> int:

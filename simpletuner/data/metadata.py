@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from simpletuner.core.errors import DataError, did_you_mean
 from simpletuner.core.events import Bus
+from simpletuner.core.text import printable
 from simpletuner.data.captions import SEPARATOR
-from simpletuner.data.excluded import without_secrets
 from simpletuner.data.metadata_files import TableFile, read_columns
 from simpletuner.data.storage.base import is_text
 from simpletuner.data.storage.web import SCHEMES
@@ -160,7 +160,7 @@ class MetadataTable:
         turned = (said == found[:, ::-1]).all(axis=1)
         others = np.flatnonzero(known & ~turned & (said != found).any(axis=1)).tolist()
         if others:
-            path = without_secrets(index["path"][others[0]].as_py())
+            path = printable(index["path"][others[0]].as_py())
             sizes = (f"{w:g}x{h:g}" for w, h in (said[others[0]], found[others[0]]))
             bus.notice(
                 f"{self.rule.path}: {len(others)} files are not of the size it says, such as {path}"
@@ -262,7 +262,7 @@ def _sorted(
     captions = table["caption"].combine_chunks()
     if not first.all():
         again = np.flatnonzero(~first)
-        example = without_secrets(names[int(again[0])].as_py())
+        example = printable(names[int(again[0])].as_py())
         bus.notice(
             f"{rule.path}: {len(np.unique(np.cumsum(first)[again]))} files stand in several rows,"
             f" such as {example}: each is one picture, with the captions of all",

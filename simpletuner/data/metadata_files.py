@@ -18,7 +18,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from simpletuner.core.errors import DataError
-from simpletuner.data.excluded import without_secrets
+from simpletuner.core.text import printable
 from simpletuner.data.storage.base import PICTURE_SUFFIXES
 
 BLOCK_BYTES = 1 << 24
@@ -64,7 +64,7 @@ def read_columns(path: Path, texts: Iterable[str], numbers: Iterable[str] = ()) 
             f"the table {path} does not exist", fix="correct its path in the dataset's entry"
         ) from error
     except (pa.ArrowException, ValueError, OSError) as error:
-        why = without_secrets(str(error))
+        why = printable(str(error))
         fix = _MENDS[path.suffix.lower()]
         raise DataError(f"the table {path} cannot be read: {why}", fix=fix) from error
     for name in kinds:
@@ -114,7 +114,7 @@ def _refuse_rows_in_cells(table: pa.Table, path: Path) -> None:
         if row < 0:
             continue
         match = re.search(_ROW, column[row].as_py())
-        line = without_secrets(match[0].strip() if match else "")[:80]
+        line = printable(match[0].strip() if match else "")[:80]
         raise DataError(
             f"the table {path}: row {row + 1} has another row inside its {name}: {line}",
             fix="close the double quote before it, or write it twice if it belongs to the text;"
@@ -184,7 +184,7 @@ def _cell(value: object, kind: pa.DataType, name: str, number: int) -> Sequence[
     if kind == pa.string():
         items = value if isinstance(value, list) else [value]
         if any(isinstance(item, (bool, list, dict)) for item in items):
-            shown = without_secrets(json.dumps(value, ensure_ascii=False))[:80]
+            shown = printable(json.dumps(value, ensure_ascii=False))[:80]
             raise ValueError(f"row {number}: {name} cannot be {shown}")
         return [str(item) for item in items if item is not None]
     text = str(value).strip()

@@ -46,7 +46,10 @@ def pair(paths: pa.ChunkedArray, others: pa.ChunkedArray) -> Pairs:
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     several = (exact < 0) & (_found(stems, repeated) >= 0)
     rows[several] = -1
-    alone = pc.invert(pc.or_(taken, _among(other_stems, stems)))
+    used = np.zeros(len(others), np.bool_)
+    used[rows[rows >= 0]] = True
+    contested = _among(other_stems, stems.filter(pa.array(several)))
+    alone = pc.invert(pc.or_(pa.array(used), contested.combine_chunks()))
     return Pairs(rows, several, others.filter(alone))
 
 

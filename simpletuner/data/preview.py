@@ -11,6 +11,7 @@ from io import BytesIO
 
 from PIL import Image, ImageDraw, ImageFont
 
+from simpletuner.core.text import printable
 from simpletuner.core.types import Geometry
 from simpletuner.data.source import DataSource
 
@@ -85,7 +86,7 @@ def look(source: DataSource, row: int) -> Shown:
     geometry = source.geometry(row)
     return Shown(
         dataset=source.id,
-        path=source.path(row),
+        path=printable(source.path(row)),
         whole=source.picture(row),
         trained=Image.fromarray(source.pixels(row)),
         geometry=geometry,

@@ -1,4 +1,4 @@
-"""What a picture's header tells: oriented size and mode; no pixel is decoded."""
+"""What a picture's header tells: oriented size, alpha, frames; no pixel is decoded."""
 
 from __future__ import annotations
 
@@ -24,26 +24,38 @@ UNREADABLE = (
 )
 """What Pillow's readers raise on files that are damaged or not pictures."""
 
+WITH_ALPHA = frozenset(("RGBA", "RGBa", "LA", "La", "PA"))
+
 NO_STATED_WHITE = frozenset(("I", "F"))
 """Modes of 32 bits a value, which do not say what value is white."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A picture as it is meant to be seen: width and height after its orientation, and its mode."""
+    """A picture as it is meant to be seen.
+
+    Args:
+        width: After its orientation, in px.
+        height: The same.
+        alpha: It may be transparent.
+        frames: It has several frames or pages, of which the first is seen.
+    """
 
     width: int
     height: int
-    mode: str
+    alpha: bool = False
+    frames: bool = False
 
 
 def probe(data: bytes) -> Probe | str:
-    """The size and mode in the header of `data`, or the reason why it cannot be used."""
+    """What the header of `data` tells, or the reason why it cannot be used."""
     try:
         with Image.open(BytesIO(data)) as image:
             width, height = image.size
             mode = image.mode
             turned = orientation_of(image) >= 5
+            alpha = mode in WITH_ALPHA or "transparency" in image.info
+            frames = _has_frames(image)
     except Image.DecompressionBombError:
         return "larger than 178 megapixels"
     except UnidentifiedImageError:
@@ -54,7 +66,16 @@ def probe(data: bytes) -> Probe | str:
         return f"mode {mode} (32 bits a value) does not say what is white; save it with 8 or 16"
     if min(width, height) < 1:
         return "no pixels"
-    return Probe(height, width, mode) if turned else Probe(width, height, mode)
+    if turned:
+        width, height = height, width
+    return Probe(width, height, alpha, frames)
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except UNREADABLE:  # a damaged second frame says nothing of the first
+        return True
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -112,6 +112,7 @@ def geometry_rule(settings: DatasetSettings) -> GeometryRule:
         style=settings.crop_style,
         maximum=settings.maximum_image_size or None,
         downsample=settings.target_downsample_size or None,
+        most_enlarged=settings.max_upscale_threshold,
     )
 
 

@@ -89,6 +89,9 @@ class DataSource:
             self.left_out = {unlisted.reason: unlisted, **self.left_out}
         self._paths, self._texts = usable["path"], usable["caption"]
         self._beside.take(usable)
+        self._with_alpha, self._with_frames = (
+            pc.sum(usable[name]).as_py() or 0 for name in ("alpha", "frames")
+        )
         self.content = bytes16(usable["content"])
         self.keys = keys_of(self.content)
         sizes = sizes_of(usable)
@@ -214,6 +217,12 @@ class DataSource:
     def found(self) -> int:
         """Pictures in the folder, usable or not."""
         return len(self._whole) + (self._unlisted.count if self._unlisted else 0)
+
+    def damaged(self) -> dict[str, str]:
+        """Reason by path of the files that cannot be read or decoded, as far as is known."""
+        faulty = self._whole.filter(pc.equal(self._whole["status"], "reject"))
+        paths, reasons = (faulty[name].to_pylist() for name in ("path", "reason"))
+        return dict(zip(paths, reasons, strict=True))
 
     def excluded(self) -> tuple[Excluded, ...]:
         """Why pictures are not trained on: faults, the most frequent first, then filters."""
@@ -449,6 +458,15 @@ class DataSource:
         if held:
             what = "caption holds" if held == 1 else "captions hold"
             say(f"{name}: {held} {what} {PLACEHOLDER} and there is no trigger_word", "warning")
+        if self._with_frames:
+            some = pictures(self._with_frames)
+            say(
+                f"{name}: {some} with several frames or pages, of which the first is used",
+                "warning",
+            )
+        if self._with_alpha and not self.settings.alpha_as_mask:
+            ground = f"image_background {self.settings.image_background}"
+            say(f"{name}: {pictures(self._with_alpha)} with an alpha channel, laid on {ground}")
         twins = count - len(np.unique(self.content))
         if twins:
             say(f"{name}: {pictures(twins)} with exactly the bytes of another", "warning")

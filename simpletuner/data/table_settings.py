@@ -13,7 +13,7 @@ from simpletuner.data.captions import CAPTION_STRATEGIES
 
 
 def _one_spelling(value: object) -> object:
-    return "discovery" if value == "json" else value
+    return "discovery" if value in ("json", "filesystem") else value
 
 
 MetadataBackend = Annotated[

@@ -219,3 +219,67 @@ def test_what_is_told_of_the_data_in_a_checkpoint_is_small(tiny_sdxl: Path, tmp_
     assert run.train(validation_disable=True, max_train_steps=1) == 0
     (state,) = run.out.glob("checkpoint-*/state.json")
     assert len(json.dumps(json.loads(state.read_text())["data"])) < 1024
+
+
+# ---- secrets
+
+
+@pytest.mark.parametrize("mode", ["cached", "vae_cache_ondemand"])
+def test_the_signature_of_an_address_is_shown_nowhere(
+    tiny_sdxl: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    mode: str,
+) -> None:
+    """Point 18: in what is printed, in the event log, the run's other files and the preview."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.chdir(tmp_path)
+    pictures = [path.read_bytes() for path in make_pictures(tmp_path / "served", 6).iterdir()]
+    noise = Image.effect_noise((96, 64), 90).convert("RGB")
+    noise.save(tmp_path / "noise.png")
+    pictures += [(tmp_path / "noise.png").read_bytes()[:3000], b"<html>403</html>"]
+    with served() as site:
+        addresses = [
+            site.put(f"/{number}.png?sig=SECRET{number}", data)
+            for number, data in enumerate(pictures)
+        ]
+        rows = "\n".join(f"{address},caption {i}" for i, address in enumerate(addresses))
+        (tmp_path / "list.csv").write_text(f"url,caption\n{rows}\n")
+        run = Run(tmp_path / "run", tiny_sdxl, tmp_path / "served")
+        run.dataset = {
+            "id": "web",
+            "type": "csv",
+            "csv_file": str(tmp_path / "list.csv"),
+            "csv_url_column": "url",
+            "csv_caption_column": "caption",
+            "resolution": 64,
+            "resolution_type": "pixel_area",
+            "aspect_bucket_alignment": 16,
+            "allow_excluded": True,
+        }
+        config = str(run.write(**SMALL, **({} if mode == "cached" else {mode: True})))
+        codes = [
+            main([*words, "--config", config])
+            for words in (
+                ("data", "report"),
+                ("data", "captions", "--json"),
+                ("data", "captions"),
+                ("data", "preview"),
+                ("train", "--max_train_steps", "9"),
+                ("train", "--max_train_steps", "9", "--on_data_change", "continue"),
+                ("data", "verify"),
+                ("data", "verify", "--json"),
+            )
+        ]
+    met = 0 if mode == "cached" else 3
+    assert codes == [0, 0, 0, 3, met, 0, 3, 3]
+    said = capfd.readouterr()
+    assert "6.png?…" in said.out + said.err
+    shown = {"standard output": said.out, "standard error": said.err}
+    for file in run.out.rglob("*"):
+        kept = file.parts[len(run.out.parts)] == "cache"  # the index needs the address
+        if file.is_file() and not kept:
+            shown[file.name] = file.read_text("latin-1")
+    assert {"events.jsonl", "preview.html"} <= shown.keys()
+    assert [name for name, text in shown.items() if "SECRET" in text] == []

@@ -123,6 +123,14 @@ def test_scan_for_errors_reads_all_latents_when_a_run_starts(run: Run, capsys: C
     assert "its encoded pictures are whole" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [("build", "--json"), ("status", "--yes"), ("verify", "--yes")])
+def test_an_option_of_another_command_is_refused(
+    run: Run, capsys: Captured, words: tuple[str, ...]
+) -> None:
+    assert cache(run, *words) == 2
+    assert words[1].removeprefix("--") in capsys.readouterr().err
+
+
 def test_the_folder_of_a_run_at_work_is_left_alone(run: Run, capsys: Captured) -> None:
     from simpletuner.core.files import RunFolder
 

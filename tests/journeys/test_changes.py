@@ -154,3 +154,26 @@ def test_exactly_what_a_change_touches_is_encoded_again(
     found = missing(run, capsys)
     assert found[1] == latents
     assert found[0] == texts if texts is not None else 8 <= found[0] <= 16
+
+
+def test_another_limit_of_tokens_encodes_the_captions_again_and_no_picture(
+    tiny_sd3: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    run = Run(tmp_path, tiny_sd3)
+    run.settings["model_family"] = "sd3"
+    assert main(["cache", "build", "--config", str(run.write())]) == 0
+    assert missing(run, capsys) == (0, 0)
+    run.settings["tokenizer_max_length"] = 77
+    texts, latents = missing(run, capsys)
+    assert (texts, latents) == (11, 0)
+
+
+def test_another_tokenizer_encodes_the_captions_again_and_no_picture(
+    run: Run, capsys: Captured
+) -> None:
+    vocabulary = run.root / "model" / "tokenizer" / "tokenizer.json"
+    words = json.loads(vocabulary.read_text())
+    vocabulary.write_text(json.dumps(words, indent=1))
+    texts, latents = missing(run, capsys)
+    assert texts >= 8
+    assert latents == 0

@@ -116,7 +116,64 @@ def test_verify_finds_what_breaks_off_and_the_report_then_knows(run: Run, capsys
     (pictures,) = told(run, "report", capsys)["datasets"]
     assert pictures["usable"] == 8
     assert {each["example"] for each in pictures["excluded"]} == {"small.png", "torn.png"}
+    capsys.readouterr()
+    assert data(run, "verify") == 3  # it is still there
+    assert "pictures: torn.png: cannot be decoded" in capsys.readouterr().out
+    (run.pictures / "torn.png").unlink()
     assert data(run, "verify") == 0
+
+
+def test_a_preview_shows_the_rest_where_a_picture_breaks_off(run: Run, capsys: Captured) -> None:
+    assert data(run, "preview", "--out", str(run.root / "look.png")) == 3
+    said = capsys.readouterr()
+    assert "torn.png cannot be decoded" in said.err
+    assert "8 pictures in" in said.out
+    assert (run.root / "look.html").read_text().count("<li>a picture number") == 8
+
+    assert data(run, "preview", "--out", str(run.root / "look.html")) == 3
+    assert "look.html is not a .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [("preview", "--json"), ("report", "--count", "3"), ("captions", "--out", "x.png")]
+)
+def test_an_option_of_another_command_is_refused(
+    run: Run, capsys: Captured, words: tuple[str, ...]
+) -> None:
+    assert data(run, *words) == 2
+    assert words[1].removeprefix("--") in capsys.readouterr().err
+
+
+def test_pictures_that_nothing_here_reads_are_counted_as_such(run: Run, capsys: Captured) -> None:
+    (run.pictures / "torn.png").unlink()
+    for name in ("phone.HEIC", "a.jxl", "a_picture_number_0.psd"):  # the last has a .png beside it
+        (run.pictures / name).write_bytes(b"unknown")
+    (pictures,) = told(run, "report", capsys)["datasets"]
+    assert (pictures["found"], pictures["usable"]) == (11, 8)
+    reasons = {each["example"]: each["reason"] for each in pictures["excluded"]}
+    assert reasons["phone.HEIC"] == ".heic files are not read; save it as PNG or JPEG"
+    assert reasons["a.jxl"] == ".jxl files are not read; save it as PNG or JPEG"
+
+
+def test_several_frames_and_transparency_are_told(run: Run, capsys: Captured) -> None:
+    frames = [Image.new("L", (64, 64), shade) for shade in (10, 200)]
+    frames[0].save(run.pictures / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGBA", (64, 64), (9, 9, 9, 99)).save(run.pictures / "glass.png")
+    assert data(run, "report") == 0
+    said = capsys.readouterr().err
+    assert "1 picture with several frames or pages, of which the first is used" in said
+    assert "1 picture with an alpha channel, laid on image_background #" in said
+    run.dataset["alpha_as_mask"] = True
+    assert data(run, "report") == 0
+    assert "alpha channel" not in capsys.readouterr().err
+
+
+def test_names_are_shown_without_what_moves_a_terminals_cursor(run: Run, capsys: Captured) -> None:
+    (run.pictures / "red \x1b[31m.png").write_bytes(b"")
+    assert data(run, "verify") == 3
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert "red \\x1b[31m.png" in said.out
 
 
 def test_the_preview_is_a_picture_and_the_dataset_is_only_read(run: Run) -> None:
@@ -141,9 +198,9 @@ def test_a_preview_that_cannot_be_made_says_why(run: Run, capsys: Captured) -> N
     assert ended.value.code == 2
     assert "must be a number of pictures, 1 or more" in capsys.readouterr().err
     (run.root / "file").write_text("")
-    for place in (run.pictures, run.root / "file" / "look.png"):
-        assert data(run, "preview", "--count", "1", "--out", str(place)) == 3
-        assert "name another file with --out" in capsys.readouterr().err
+    for name, says in (("pictures", "is not a .png"), ("file/look.png", "name another file with")):
+        assert data(run, "preview", "--count", "1", "--out", str(run.root / name)) == 3
+        assert says in capsys.readouterr().err
 
 
 def test_a_storage_that_is_not_built_is_refused(run: Run, capsys: Captured) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import simpletuner
 from simpletuner.core.errors import SimpleTunerError
 from simpletuner.core.table import Row, Table
+from simpletuner.core.text import LARGE_PICTURE
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ COMMANDS = Table(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code is 0, that of the error's kind, or 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    warnings.filterwarnings("ignore", message=LARGE_PICTURE)
     try:
         name, arguments = _command(words)
         code: int = COMMANDS[name].load()(arguments) if name else 0

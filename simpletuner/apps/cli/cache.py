@@ -60,9 +60,11 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     command = COMMANDS[arguments[0]].load()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--yes", action="store_true")
-    parser.add_argument("--also", action="append", default=[])
+    if command is not build:
+        parser.add_argument("--json", action="store_true")
+    if command is gc:
+        parser.add_argument("--yes", action="store_true")
+        parser.add_argument("--also", action="append", default=[])
     options, words = parser.parse_known_args(arguments[1:])
     loaded = _load(words)
     require("torch", extra="train", why="the caches")
@@ -139,8 +141,8 @@ def gc(loaded: Loaded, options: argparse.Namespace, bus: Bus) -> int:
     verb, more = ("removed", "") if options.yes else ("would be removed", "; add --yes")
     for each, removed in done.items():
         print(
-            f"{each.title}: {removed.entries:,} entries and {removed.unfinished:,} unfinished packs"
-            f" {verb}, {_size(removed.file_bytes)}{more}"
+            f"{each.title}: {removed.entries:,} entries and {removed.unfinished:,} unfinished or"
+            f" unreadable packs {verb}, {_size(removed.file_bytes)}{more}"
         )
     return 0
 

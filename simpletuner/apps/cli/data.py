@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from simpletuner.config.load import Loaded, load
 from simpletuner.core.errors import DataError
 from simpletuner.core.events import Bus
 from simpletuner.core.table import Row, Table
+from simpletuner.core.text import printable
 from simpletuner.tracking.sinks.plain import PlainSink
 
 if TYPE_CHECKING:
@@ -37,12 +39,12 @@ commands:
 
 options:
   --json       report, captions, verify: as JSON on standard output
-  --out FILE   preview: the PNG (OUTPUT_DIR/preview.png); the HTML file lies beside it
+  --out FILE   preview: the .png (OUTPUT_DIR/preview.png); the .html file lies beside it
   --count N    preview: pictures of each dataset (24)
 
 example: simpletuner data preview --env my-run --count 12
 
-exit code: 0; 3 if too many pictures of a dataset cannot be used, or verify found one
+exit code: 0; 3 if too many pictures of a dataset cannot be used, or if verify or preview met one
 """
 
 
@@ -58,9 +60,11 @@ def run(arguments: Sequence[str]) -> int:
         add_help=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--count", type=_count, default=24)
+    if command is preview:
+        parser.add_argument("--out", type=Path)
+        parser.add_argument("--count", type=_count, default=24)
+    else:
+        parser.add_argument("--json", action="store_true")
     options, words = parser.parse_known_args(arguments[1:])
     loaded = load(words, os.environ, Path.cwd())
     datasets = loaded.files[-1].name
@@ -97,39 +101,55 @@ def report(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Name
 def preview(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Namespace) -> int:
     """Write the contact sheet."""
     from simpletuner.core.files import write_through, writing
+    from simpletuner.data.pixels import PictureError
     from simpletuner.data.preview import chosen, look, page, sheet
 
-    shown = [look(source, row) for source in sources for row in chosen(len(source), options.count)]
+    shown, damaged = [], 0
+    for source in sources:
+        for row in chosen(len(source), options.count):
+            try:
+                shown.append(look(source, row))
+            except PictureError as error:
+                damaged += 1
+                print(error.message, file=sys.stderr)
+    if not shown:
+        raise DataError(
+            "none of these pictures can be shown", fix="`simpletuner data verify` names all such"
+        )
     file = options.out or Path(loaded.config.runtime.output_dir) / "preview.png"
+    if file.suffix.lower() != ".png":
+        raise DataError(f"--out {file} is not a .png", fix="the HTML file is named after it")
     picture, html = sheet(shown), page(shown).encode()
     with writing(DataError, file.name, file.parent, "name another file with --out"):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_through(file, lambda temporary: picture.save(temporary, format="PNG"))
         write_through(file.with_suffix(".html"), lambda temporary: temporary.write_bytes(html))
     print(f"{len(shown)} pictures in {file} and {file.with_suffix('.html')}")
-    return 0
+    return DataError.exit_code if damaged else 0
 
 
 def captions(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Namespace) -> int:
     """Print every picture with its captions."""
-    found = {
-        source.id: {source.path(row): list(source.captions(row)) for row in range(len(source))}
-        for source in sources
-    }
+    found: dict[str, dict[str, list[str]]] = {}
+    for source in sources:
+        texts = found.setdefault(source.id, {})
+        for row in range(len(source)):
+            texts[_unlike(printable(source.path(row)), texts)] = list(source.captions(row))
     if options.json:
         print_json(found)
         return 0
-    for name, pictures in found.items():
-        for path, texts in pictures.items():
+    for name, texts in found.items():
+        for path, those in texts.items():
             print(f"{name}: {path}")
-            print("\n".join(f"    {text or '(empty caption)'}" for text in texts))
+            print("\n".join(f"    {printable(text) or '(empty caption)'}" for text in those))
     return 0
 
 
 def verify(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Namespace) -> int:
     """Decode every picture; remember those that cannot be."""
-    faults = {source.id: _undecodable(source, source.pixels) for source in sources}
+    faults: dict[str, dict[str, str]] = {}
     for source in sources:
+        faults[source.id] = _undecodable(source, source.pixels)
         if faults[source.id]:
             source.remember(faults[source.id])
         for name, _ in source.conditions:
@@ -140,15 +160,21 @@ def verify(loaded: Loaded, sources: Sequence[DataSource], options: argparse.Name
         if source.masked:  # another file than the picture, which may stay as it is
             masks = _undecodable(source, lambda row, of=source: of.mask(row, of.geometry(row)))
             faults[source.id] = {**masks, **faults[source.id]}
+    told: dict[str, dict[str, str]] = {}
+    for source in sources:
+        known = source.damaged()
+        sound = len(source) - len(faults[source.id])
+        named = told.setdefault(source.id, {})
+        for path, reason in sorted((known | faults[source.id]).items()):
+            named[_unlike(printable(path), named)] = reason
+            if not options.json:
+                print(f"{source.id}: {printable(path)}: {reason}")
+        if not options.json:
+            total = len(source) + len(known)
+            print(f"{source.id}: {sound} of {total} pictures can be decoded")
     if options.json:
-        print_json(faults)
-    else:
-        for source in sources:
-            for path, reason in faults[source.id].items():
-                print(f"{source.id}: {path}: {reason}")
-            sound = len(source) - len(faults[source.id])
-            print(f"{source.id}: {sound} of {len(source)} pictures can be decoded")
-    return DataError.exit_code if any(faults.values()) else 0
+        print_json(told)
+    return DataError.exit_code if any(told.values()) else 0
 
 
 COMMANDS = Table(
@@ -188,12 +214,19 @@ def _undecodable(source: DataSource, look: Callable[[int], object]) -> dict[str,
         try:
             look(row)
         except PictureError as error:
-            return error.message.removeprefix(f"dataset {source.id}: {source.path(row)} ")
+            whose = f"dataset {source.id}: {printable(source.path(row))} "
+            return error.message.removeprefix(whose)
         return None
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         reasons = pool.map(fault, range(len(source)))
         return {source.path(row): why for row, why in enumerate(reasons) if why is not None}
+
+
+def _unlike(name: str, others: Container[str]) -> str:
+    """`name`, numbered where it is among `others`: two addresses may differ in their queries."""
+    names = (name if number == 1 else f"{name} ({number})" for number in count(1))
+    return next(each for each in names if each not in others)
 
 
 def _count(text: str) -> int:

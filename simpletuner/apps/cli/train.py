@@ -68,7 +68,8 @@ def refuse_missing_folders(loaded: Loaded) -> None:
         DataError: Names each of them.
     """
     missing = [
-        f"{entry.id}: instance_data_dir {entry.instance_data_dir} does not exist"
+        f"{entry.id}: instance_data_dir {entry.instance_data_dir} "
+        + ("is a file, not a folder" if entry.instance_data_dir.exists() else "does not exist")
         for entry in loaded.datasets.all
         if entry.instance_data_dir is not None and not entry.instance_data_dir.is_dir()
     ]

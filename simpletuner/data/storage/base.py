@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,16 @@ PICTURE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 )
 """Lower-case endings of the files that are taken for pictures."""
+
+UNREAD_SUFFIXES = frozenset(
+    f".{ending}"
+    for ending in (
+        *("heic", "heif", "jp2", "jxl", "psd", "tga", "svg", "exr", "hdr"),
+        *("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "raw", "rw2"),
+        *("avi", "mkv", "mov", "mp4", "webm"),
+    )
+)
+"""Endings of pictures and films that nothing here reads: they are told instead of passed over."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,11 @@ class Storage(Protocol):
 
     def facts(self, key: str) -> FileFacts | None:
         """Size and time of a file; None where there is none, or none before it is read."""
+
+
+def ending_of(key: str) -> str:
+    """The lower-case ending of a file's name, with its dot."""
+    return os.path.splitext(key)[1].lower()
 
 
 def is_text(name: str) -> bool:

@@ -8,10 +8,13 @@ from pathlib import Path
 from stat import S_ISREG
 
 from simpletuner.core.errors import DataError
-from simpletuner.data.storage.base import PICTURE_SUFFIXES, FileFacts
+from simpletuner.data.storage.base import PICTURE_SUFFIXES, UNREAD_SUFFIXES, FileFacts, ending_of
 
 SKIPPED_FOLDERS = frozenset(("$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"))
 """Folders of operating systems and archivers; hidden ones are skipped by their dot."""
+
+
+_LISTED = PICTURE_SUFFIXES | UNREAD_SUFFIXES
 
 
 class LocalStorage:
@@ -39,6 +42,8 @@ class LocalStorage:
     def keys(self) -> list[str]:
         """Every picture under the folder, sorted.
 
+        One that nothing here reads is among them, unless a readable one of its name lies beside it.
+
         Raises:
             DataError: The folder does not exist, is a file, or cannot be listed.
         """
@@ -47,7 +52,11 @@ class LocalStorage:
             raise DataError(
                 f"the dataset folder {self.root} {what}", fix="correct instance_data_dir"
             )
-        return sorted(self._walk(self.root, "", frozenset()))
+        keys = list(self._walk(self.root, "", frozenset()))
+        if unread := {key for key in keys if ending_of(key) in UNREAD_SUFFIXES}:
+            stems = {os.path.splitext(key)[0] for key in keys if key not in unread}
+            keys = [k for k in keys if k not in unread or os.path.splitext(k)[0] not in stems]
+        return sorted(keys)
 
     def read(self, key: str) -> bytes:
         """The bytes of a file.
@@ -89,7 +98,7 @@ class LocalStorage:
                 yield from self._walk(
                     folder / entry.name, f"{prefix}{entry.name}/", above | {identity}
                 )
-            elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
+            elif ending_of(entry.name) in _LISTED:
                 yield prefix + entry.name
 
 

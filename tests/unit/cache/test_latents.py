@@ -269,14 +269,18 @@ def test_without_a_cache_nothing_is_written_and_the_noise_is_fresh_in_each_epoch
     assert not (tmp_path / "vae").exists()
 
 
-def test_an_undecodable_picture_met_while_training_is_named(
-    family: Watched, tmp_path: Path
+@pytest.mark.parametrize("mode", ["vae_cache_ondemand", "vae_cache_disable"])
+def test_an_undecodable_picture_met_while_training_is_named_and_left_out_from_then_on(
+    family: Watched, tmp_path: Path, mode: str
 ) -> None:
     ten(tmp_path)
     cut_short(tmp_path / "set" / "04.png")
-    source = dataset(tmp_path, vae_cache_ondemand=True)
-    with pytest.raises(DataError, match=r"(?s)04\.png cannot be decoded.*repair or remove it"):
+    source = dataset(tmp_path, **{mode: True})
+    with pytest.raises(DataError, match=r"(?s)04\.png cannot be decoded.*data verify"):
         read(latent_cache(family, source), source, 4)
+    again = dataset(tmp_path, **{mode: True})
+    assert "04.png" not in [again.path(row) for row in range(len(again))]
+    assert len(again) == 9
 
 
 def test_latents_that_were_never_encoded_are_an_error_that_names_the_picture(

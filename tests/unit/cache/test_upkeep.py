@@ -147,3 +147,20 @@ def test_only_old_unfinished_packs_are_removed(folder: Path) -> None:
     assert collect(folder, every) == Collected(0, 1, 100)
 
     assert (folder / f"new{PARTIAL}").exists()
+
+
+def test_packs_that_cannot_be_read_and_parts_without_a_pack_are_removed(folder: Path) -> None:
+    every = {key(number) for number in range(30)}
+    broken = sorted(folder.glob(f"*{PACK}"))[0]
+    broken.with_suffix(PART).unlink()
+    broken.write_bytes(b"no pack" * 100)
+    lone = folder / f"lone{PART}"
+    lone.write_bytes(b"x" * 50)
+    os.utime(lone, (1, 1))
+
+    assert collect(folder, every, dry=True) == Collected(0, 2, 750)
+    assert collect(folder, every) == Collected(0, 2, 750)
+
+    assert not broken.exists()
+    assert not lone.exists()
+    assert values(folder) == {number: float(number) for number in range(10, 30)}

@@ -115,13 +115,15 @@ ELSEWHERE = MappingProxyType(
         "vae_cache_ondemand": (
             "test_pictures_encoded_on_demand_are_those_of_the_cache_and_encoded_once"
         ),
-        "vae_batch_size": "test_an_entry_inherits_what_it_does_not_say",
-        "write_batch_size": "test_an_entry_inherits_what_it_does_not_say",
+        "vae_batch_size": "test_a_latent_depends_neither_on_its_batch_nor_on_the_order",
+        "write_batch_size": "test_write_batch_size_entries_are_gathered_before_one_write",
         "text_embeds": "test_captions_and_latents_lie_where_entries_say",
         "image_embeds": "test_captions_and_latents_lie_where_entries_say",
-        "scan_for_errors": "test_exactly_what_a_change_touches_is_encoded_again",
+        "scan_for_errors": "test_scan_for_errors_reads_all_latents_when_a_run_starts",
         "default": "test_captions_are_kept_where_a_dataset_says",
-        "text_encoder_batch_size": "test_an_entry_inherits_what_it_does_not_say",
+        "text_encoder_batch_size": (
+            "test_a_memory_that_is_full_while_encoding_says_what_takes_less_and_keeps_the_rest"
+        ),
         "text_cache_ondemand": "test_a_run_is_the_same_whenever_captions_are_encoded",
         "text_cache_disable": "test_an_entry_of_the_datasets_file_says_it_too",
     }

@@ -322,3 +322,21 @@ def test_every_picture_is_scaled_evenly_and_cropped_inside_to_about_the_area_ask
         elif unit != "pixel":
             # Each edge is rounded by half an alignment at most.
             assert (np.abs(area - 1) < 0.07 + alignment / targets.min(axis=1)).all()
+
+
+# --- max_upscale_threshold: shapes above it are not chosen ---------------------------------------
+
+
+def test_shapes_that_enlarge_too_much_are_not_drawn_while_another_is_left() -> None:
+    shapes = Shapes((0.5, 1.0, 2.0), (1, 1, 2))
+    made = rule(crop=True, shapes=shapes, most_enlarged=0.0, alignment=8)
+    count = 4000
+    keys = np.random.default_rng(0).integers(0, 2**64, count, dtype=np.uint64)
+    wide = made.targets(np.array([(1600, 1030)] * count), keys)  # 728x1448 would enlarge it
+    shares = {(w, h): int((wide == (w, h)).all(axis=1).sum()) for w, h in np.unique(wide, axis=0)}
+    assert shares.keys() == {(1024, 1024), (1448, 728)}
+    assert shares[1448, 728] / count == pytest.approx(2 / 3, abs=0.03)  # 2 to 1, as they were given
+
+    small = np.array([(300, 300)] * count)  # each would: the draw is as ever, the filter says so
+    free = rule(crop=True, shapes=shapes, alignment=8)
+    assert (made.targets(small, keys) == free.targets(small, keys)).all()

@@ -83,7 +83,8 @@ def test_a_row_holds_what_the_file_is(folder: Path, file: Path) -> None:
     facts = (folder / "b.png").stat()
     assert found["content"] == bytes.fromhex(content_digest(data))
     assert (found["size"], found["mtime_ns"]) == (facts.st_size, facts.st_mtime_ns)
-    assert (found["width"], found["height"], found["mode"]) == (30, 20, "RGB")
+    assert (found["width"], found["height"]) == (30, 20)
+    assert (found["alpha"], found["frames"]) == (False, False)
     assert (found["status"], found["reason"]) == ("ok", None)
 
 

@@ -49,3 +49,10 @@ def test_a_file_of_exactly_one_pictures_path_is_no_other_pictures() -> None:
 def test_nothing_pairs_with_nothing() -> None:
     assert pair(column("a.png"), column()).rows.tolist() == [-1]
     assert pair(column(), column("a.png")).alone.to_pylist() == ["a.png"]
+
+
+def test_a_second_file_of_a_picture_that_has_its_own_is_left_over() -> None:
+    found = pair(column("a.png"), column("a.jpg", "a.png"))
+
+    assert found.rows.tolist() == [1]
+    assert found.alone.to_pylist() == ["a.jpg"]

@@ -276,6 +276,27 @@ def test_the_default_text_of_a_folder_holds_for_its_pictures_without_one(tmp_pat
     assert [again.captions(row) for row in range(3)] == [("a thing",), ("a cat",), ("its own",)]
 
 
+def test_a_text_that_gives_way_to_one_of_its_folder_is_read_again(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    picture(data, "a.png", caption="my own")
+    (data / "default.txt").write_text("common")  # as long, and as old
+    for text in data.glob("*.txt"):
+        os.utime(text, (1_700_000_000, 1_700_000_000))
+    assert opened(data, caption_strategy="textfile").captions(0) == ("my own",)
+    (data / "a.txt").unlink()
+    assert opened(data, caption_strategy="textfile").captions(0) == ("common",)
+
+
+def test_what_an_older_decoder_refused_is_looked_at_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.utime(folder / "dog.png", (1_700_000_000, 1_700_000_000))
+    opened(folder).remember({"dog.png": "cannot be decoded"})
+    assert "dog.png" in opened(folder).rejects
+    monkeypatch.setattr("simpletuner.data.index.DECODER", b"99")
+    assert not opened(folder).rejects
+
+
 def test_a_picture_called_default_keeps_its_text_for_itself(tmp_path: Path) -> None:
     data = tmp_path / "data"
     picture(data, "default.png", caption="only mine")
