@@ -90,6 +90,34 @@ class LoRA:
     family: type[Family]
     layout: str = "diffusers"
 
+    @property
+    def file(self) -> str:
+        """See Trainable."""
+        return export_files.LORA_FILE
+
+    @property
+    def summary(self) -> str:
+        """See Trainable."""
+        facts, kind = self.facts, "DoRA" if self._config.use_dora else "lora"
+        return f"{kind}, rank {facts['lora_rank']}, alpha {facts['lora_alpha']}"
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """See Trainable."""
+        return {"lora_rank": str(self._config.r), "lora_alpha": f"{self._config.lora_alpha:g}"}
+
+    @property
+    def _config(self) -> Any:
+        return self.denoiser.peft_config[_ADAPTER]
+
+    def usage(self, base: str, root: Path) -> list[str]:
+        """See Trainable."""
+        return [
+            "from diffusers import DiffusionPipeline",
+            f'pipe = DiffusionPipeline.from_pretrained("{base}")',
+            f'pipe.load_lora_weights("{root}", weight_name="{self.file}")',
+        ]
+
     def layers(self, adapter: str = _ADAPTER) -> dict[str, Any]:
         """The modules that carry `adapter`, by name."""
         from peft.tuners.lora import LoraLayer
@@ -138,7 +166,7 @@ class LoRA:
             for name, parameter in self.parameters().items()
         }
         scale = next(iter(self.layers().values())).scaling[_ADAPTER]
-        config = self.denoiser.peft_config[_ADAPTER].to_dict()
+        config = self._config.to_dict()
         config |= {"lora_alpha": scale * config["r"], "use_rslora": False}
         path = folder / export_files.LORA_FILE
         export_files.write_lora(path, tensors, self.prefix, config, metadata)

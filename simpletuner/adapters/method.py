@@ -43,6 +43,26 @@ class Trainable(Protocol):
     def denoiser(self) -> nn.Module:
         """The module that is called, adapters included."""
 
+    @property
+    def file(self) -> str:
+        """What an export is called: a file, or a folder."""
+
+    @property
+    def summary(self) -> str:
+        """What trains, in a few words."""
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What stands in the header of the user's files about the method."""
+
+    def usage(self, base: str, root: Path) -> list[str]:
+        """Lines of Python that load an export.
+
+        Args:
+            base: What the stock loader opens the base model by.
+            root: The folder with the export.
+        """
+
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What trains, by name, in a stable order."""
 
@@ -56,7 +76,7 @@ class Trainable(Protocol):
         """The untouched base, as long as the context is open; contexts may lie in each other."""
 
     def export(self, folder: Path, metadata: Mapping[str, str]) -> list[Path]:
-        """Write the user's files into `folder`."""
+        """Write what the user loads elsewhere into `folder`; the first is what `verify` reads."""
 
     def verify(self, file: Path) -> Verified:
         """Read an export back with the stock loader and compare it with what is in memory."""
@@ -67,7 +87,7 @@ METHODS = Table(
     (
         Row("lora", "simpletuner.adapters.lora:attach", "Low-rank adapters beside frozen weights."),
         Row("lycoris", None, "LyCORIS adapters: LoKr, LoHa and their kin."),
-        Row("full", None, "All weights of the denoiser."),
+        Row("full", "simpletuner.adapters.full:attach", "All weights of the denoiser."),
     ),
 )
 

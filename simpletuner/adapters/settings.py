@@ -25,8 +25,9 @@ FluxTarget = Literal[
 class AdapterSettings(Section):
     """What is trained."""
 
-    model_type: Literal["lora", "full"] = setting("lora", pending=("full",))
-    """Train a small adapter (lora), or all weights of the model (full)."""
+    model_type: Literal["lora", "full"] = setting("lora")
+    """Train a small adapter (lora), or all weights of the denoiser (full), which needs several
+    times the memory and a far smaller learning_rate, such as 1e-5."""
 
     lora_type: Literal["standard", "lycoris"] = setting("standard", pending=("lycoris",))
     """The kind of adapter: plain LoRA, or one of the LyCORIS family."""

@@ -244,6 +244,25 @@ def first_adapter_exists(run: Proposal) -> Iterator[Problem]:
         yield run.problem("init_lora", f"{lora_file(path)} does not exist; correct the path")
 
 
+def settings_of_method(run: Proposal) -> Iterator[Problem]:
+    """What shapes an adapter is asked where there is one; its size may stay from another run."""
+    if run.values["model_type"] != "full":
+        return
+    for key in (
+        "init_lora",
+        "lora_dropout",
+        "lora_format",
+        "lora_init_type",
+        "peft_lora_target_modules",
+        "use_dora",
+        "use_rslora",
+    ):
+        if _asked(run, key):
+            yield run.problem(
+                key, "is of an adapter, and model_type full has none; remove it, or set lora"
+            )
+
+
 def learning_rate_uses(run: Proposal) -> Iterator[Problem]:
     """What shapes a schedule is asked of one that has such a shape."""
     schedule = run.values["lr_scheduler"]
@@ -391,6 +410,7 @@ CHECKS: tuple[Check, ...] = (
     one_base_model,
     prompt_library_exists,
     first_adapter_exists,
+    settings_of_method,
     rate_falls,
     learning_rate_uses,
     warmup_is_taken,

@@ -429,6 +429,16 @@ def _check_sizes(entries: Iterable[Entry], found: DatasetsFile) -> None:
 def _check_learning(found: DatasetsFile, around: Surroundings) -> None:
     """Every conditioning set belongs to pictures, and some pictures teach something."""
     found.problems += unfit(found.pictures, found.conditioning)
+    trains = around.given.get("model_type")
+    if trains is not None and trains.value == "full":
+        found.problems += [
+            each.given["is_regularisation_data"].problem(
+                "compares with the untouched base, which model_type full does not keep; set"
+                " model_type lora, or leave it out"
+            )
+            for each in found.pictures
+            if each.settings.is_regularisation_data and "is_regularisation_data" in each.given
+        ]
     drawn = [each for each in found.training if each.probability > 0]
     only_kept = all(each.is_regularisation_data for each in drawn)
     if drawn and only_kept and "init_lora" not in around.given:

@@ -134,6 +134,14 @@ def publish_folder(partial: Path, final: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def put_in_place(made: Path, final: Path) -> None:
+    """Give a file or a folder that was written whole its name, in place of what has it already."""
+    if made.is_dir():
+        publish_folder(made, final)
+    else:
+        made.replace(final)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder of ours; a kill in between never leaves a half one that looks whole."""
     doomed = folder.with_name(f"{folder.name}{REMOVING}")

@@ -165,6 +165,10 @@ class Family(ABC):
         config = read_json(self.checkpoint.folder / self.denoiser / "config.json")
         return int(config.get("patch_size") or 1)
 
+    def unused(self, denoiser: nn.Module) -> frozenset[str]:
+        """Names of the denoiser's weights that its answer does not depend on, so cannot learn."""
+        return frozenset()
+
     def tokens(self, latents: Tensor) -> int:
         """How many tokens the denoiser makes of each of `latents` [B, C, H, W]."""
         height, width = latents.shape[-2:]

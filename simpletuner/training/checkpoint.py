@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, verified before they are used, safetensors and JSON only.
 
 checkpoint-N/
-  pytorch_lora_weights.safetensors   what the user loads elsewhere
+  pytorch_lora_weights.safetensors   what the user loads elsewhere; a folder of a full model
   trainable.safetensors              the same weights under their names, exactly as they train
   optimizer.safetensors              the optimizer's tensors by parameter name
   state.json                         step, epoch, samples, and what the run was trained with
@@ -147,8 +147,12 @@ class Checkpointer:
                 write_tensors(folder / f"{name}.safetensors", ready)
         write_json(folder / "state.json", state.as_dict())
         files = {
-            path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(folder.iterdir())
+            path.relative_to(folder).as_posix(): {
+                "size": path.stat().st_size,
+                "sha256": sha256_file(path),
+            }
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
         }
         write_json(folder / "manifest.json", {"format": _FORMAT, "files": files})
 
@@ -311,8 +315,8 @@ class Checkpointer:
             raise TrainingError(
                 f"{folder.name} holds other weights than these settings make:"
                 f" {len(wrong)} differ, for example {wrong[0]}",
-                fix="set lora_rank and peft_lora_target_modules back, or start over with"
-                " resume_from_checkpoint=none",
+                fix="set what is trained (lora_rank, peft_lora_target_modules …) back, or start"
+                " over with resume_from_checkpoint=none",
             )
         with torch.no_grad():
             for name, parameter in ours.items():

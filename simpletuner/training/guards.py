@@ -24,14 +24,17 @@ class LearningGuard:
 
     LoRA's A gets its first gradient in the second step, for B starts at zero; three steps show it.
     A step whose loss is 0 has nothing to teach and does not count: one of regularisation pictures
-    while the adapters are as new, or of pictures that are masked out wholly.
+    while the adapters are as new, or of pictures that are masked out wholly. Where the learning
+    rates so far are below the last digit of a tensor's numbers, it need not have moved.
     """
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._start = {n: p.detach().clone() for n, p in weights.trainable.parameters().items()}
+        parameters = weights.trainable.parameters()
+        self._start = {name: _some_of(p).clone() for name, p in parameters.items()}
         self._touched: dict[str, Tensor] = {}
         self._steps = 0
+        self._rates = 0.0
 
     def watch(self, loss: Tensor) -> None:
         """Look at the gradients of the step just done; judges after the third, then lets go.
@@ -49,6 +52,7 @@ class LearningGuard:
                 seen = gradient.detach().abs().amax() > 0
                 self._touched[name] = seen | self._touched.get(name, torch.zeros_like(seen))
         self._steps += 1
+        self._rates += max(group["lr"] for group in self._weights.optimizer.param_groups)
         if self._steps == _STEPS:
             self._judge()
             self._start.clear()
@@ -56,7 +60,7 @@ class LearningGuard:
     def _judge(self) -> None:
         parameters = self._weights.trainable.parameters()
         cold = [n for n in parameters if n not in self._touched or not bool(self._touched[n])]
-        still = [n for n, p in parameters.items() if torch.equal(p.detach(), self._start[n])]
+        still = [name for name, parameter in parameters.items() if self._stands(name, parameter)]
         dead = sorted(set(cold) | set(still))
         if dead:
             why = "got no gradient" if cold else "did not move"
@@ -65,6 +69,19 @@ class LearningGuard:
                 f" {_some(dead)}",
                 fix="leave these modules out of peft_lora_target_modules, or raise learning_rate",
             )
+
+    def _stands(self, name: str, parameter: Tensor) -> bool:
+        start = self._start[name]
+        if not torch.equal(_some_of(parameter), start):
+            return False
+        digit = torch.finfo(start.dtype).eps * float(start.abs().max())
+        return self._rates > digit
+
+
+def _some_of(parameter: Tensor) -> Tensor:
+    """A view of at most 65,536 numbers: a copy of all of a large model would need its memory."""
+    flat = parameter.detach().flatten()
+    return flat[:: -(-flat.numel() // (1 << 16))]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from simpletuner.optim.schedules import SCHEDULES
 from simpletuner.training.state import TrainState
 
 if TYPE_CHECKING:
+    from simpletuner.adapters.settings import AdapterSettings
     from simpletuner.config.root import Config
     from simpletuner.core.types import Place
     from simpletuner.data.plan import BatchPlan
@@ -97,13 +98,19 @@ def model_identity(config: Config, family: Family) -> Facts:
             **family.text_options,
             "prediction_type": family.prediction_type,
             "model_type": adapter.model_type,
-            "lora_rank": adapter.lora_rank,
-            "lora_alpha": float(adapter.lora_alpha or adapter.lora_rank),
-            "use_dora": adapter.use_dora,
-            "use_rslora": adapter.use_rslora,
+            **(_adapter_identity(adapter) if adapter.model_type == "lora" else {}),
             "optimizer": config.optimizer.optimizer,
         }
     )
+
+
+def _adapter_identity(adapter: AdapterSettings) -> dict[str, Any]:
+    return {
+        "lora_rank": adapter.lora_rank,
+        "lora_alpha": float(adapter.lora_alpha or adapter.lora_rank),
+        "use_dora": adapter.use_dora,
+        "use_rslora": adapter.use_rslora,
+    }
 
 
 def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
@@ -111,10 +118,10 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
 
     Settings without an effect beside the others are left out.
     """
-    precision = config.precision
+    precision, of_lora = config.precision, config.adapter.model_type == "lora"
     found: dict[str, Any] = {
         **_optimizer_settings(config.optimizer, total_steps),
-        "lora_dropout": config.adapter.lora_dropout,
+        **({"lora_dropout": config.adapter.lora_dropout} if of_lora else {}),
         "use_ema": config.adapter.use_ema,
         "mixed_precision": precision.mixed_precision,
         "base_model_precision": precision.base_model_precision,

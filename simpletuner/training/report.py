@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.adapters.export import LORA_FILE
 from simpletuner.core.events import Bus, RunFinished, RunStarted
 from simpletuner.core.files import RunFolder, write_json
 from simpletuner.core.section import hint_of
@@ -35,12 +34,13 @@ class Report:
         config: Config,
         datasets: Datasets,
         family: Family,
+        trainable: Trainable,
         held: Mapping[str, Quantised],
         folder: RunFolder,
         bus: Bus,
     ) -> None:
         self._config, self._datasets, self._family, self._held = config, datasets, family, held
-        self._folder, self._bus = folder, bus
+        self._trainable, self._folder, self._bus = trainable, folder, bus
         self._facts: dict[str, Any] = {}
 
     def metadata(self, state: TrainState) -> dict[str, str]:
@@ -55,8 +55,7 @@ class Report:
             "modelspec.implementation": "diffusers",
             "modelspec.prediction_type": self._family.prediction_type,
             "base_model": self._family.checkpoint.label,
-            "lora_rank": str(adapter.lora_rank),
-            "lora_alpha": f"{adapter.lora_alpha or adapter.lora_rank:g}",
+            **self._trainable.facts,
             "steps": str(state.step),
             "simpletuner_version": state.versions["simpletuner"],
         }
@@ -70,12 +69,11 @@ class Report:
         plan: BatchPlan,
         timetable: Timetable,
         state: TrainState,
-        trainable: Trainable,
         place: Place,
         resumed: Path | None,
     ) -> None:
         """Write resolved_config.json and run.json, and tell what was resolved."""
-        summary = self._summary(sources, plan, timetable, trainable, place)
+        summary = self._summary(sources, plan, timetable, place)
         if resumed is not None:
             summary["resumed"] = f"{resumed.name}, {state.step} steps done"
         self._facts = {"versions": dict(state.versions), "summary": summary, "result": None}
@@ -102,12 +100,11 @@ class Report:
         sources: Sequence[DataSource],
         plan: BatchPlan,
         timetable: Timetable,
-        trainable: Trainable,
         place: Place,
     ) -> dict[str, str]:
         config = self._config
-        weights = trainable.parameters().values()
-        optimizer, adapter = config.optimizer, config.adapter
+        weights = list(self._trainable.parameters().values())
+        optimizer = config.optimizer
         data = ", ".join(
             f"{s.id}: {len(s)} pictures in {len({tuple(b) for b in s.buckets.tolist()})} shapes"
             for s in sources
@@ -115,8 +112,7 @@ class Report:
         return {
             "model": f"{self._family.title}, {self._family.checkpoint.label},"
             f" {self._family.prediction_type}",
-            "method": f"{'DoRA' if adapter.use_dora else adapter.model_type}, rank"
-            f" {adapter.lora_rank}, alpha {adapter.lora_alpha or adapter.lora_rank:g},"
+            "method": f"{self._trainable.summary},"
             f" {len(weights)} tensors, {sum(p.numel() for p in weights):,} weights",
             "data": data,
             "schedule": f"{timetable.total_steps} steps of"
@@ -125,7 +121,8 @@ class Report:
             "optimizer": f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g},"
             f" {optimizer.lr_scheduler}",
             "precision": f"{str(place.dtype).removeprefix('torch.')} on {place.device},"
-            f" adapters in float32; {self._held[self._family.denoiser]}",
+            f" trained in {str(weights[0].dtype).removeprefix('torch.')};"
+            f" {self._held[self._family.denoiser]}",
             "output": str(self._folder.root),
         }
 
@@ -178,12 +175,8 @@ class Report:
         base = (
             checkpoint.folder if embedded_folder(named) else named
         )  # diffusers knows no such name
-        return [
-            "use them:",
-            "  from diffusers import DiffusionPipeline",
-            f'  pipe = DiffusionPipeline.from_pretrained("{base}")',
-            f'  pipe.load_lora_weights("{self._folder.root}", weight_name="{LORA_FILE}")',
-        ]
+        lines = self._trainable.usage(str(base), self._folder.root)
+        return ["use them:", *(f"  {line}" for line in lines)]
 
 
 def _pace(plan: BatchPlan) -> str:

@@ -7,10 +7,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from simpletuner.adapters.ema import Ema
 from simpletuner.adapters.method import attach
 from simpletuner.adapters.weights import Weights
 from simpletuner.core.errors import RESUME, TrainingError, is_out_of_memory
+from simpletuner.core.files import put_in_place
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Place
 from simpletuner.data.opening import open_sources
@@ -18,6 +21,7 @@ from simpletuner.data.plan import BatchPlan
 from simpletuner.data.report import DataReport
 from simpletuner.models.loading import open_family
 from simpletuner.optim.build import build_optimizer
+from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.precision.dtypes import base_dtype, run_dtype
 from simpletuner.precision.fit import fit
 from simpletuner.precision.quantise import Quantiser
@@ -95,6 +99,14 @@ def _planned(
     return plan, timetable
 
 
+def _held_in(config: Config) -> torch.dtype:
+    """The denoiser's own dtype: where it trains itself, fp32 but for optimizers made for bf16."""
+    trains = config.adapter.model_type == "full"
+    if trains and not OPTIMIZERS[config.optimizer.optimizer].fact("bf16_weights", False):
+        return torch.float32
+    return base_dtype(config.precision)
+
+
 def _train(
     config: Config, datasets: Datasets, folder: RunFolder, bus: Bus, control: Control
 ) -> Path:
@@ -119,7 +131,7 @@ def _train(
     same = sources == tuple(found[:drawn])  # all of it could be encoded
     plan, timetable = planned if same else _planned(config, sources, seeds, place)
     # 4. the denoiser with what trains on it
-    denoiser = family.open_denoiser(Place(place.device, base_dtype(config.precision)), quantiser)
+    denoiser = family.open_denoiser(Place(place.device, _held_in(config)), quantiser)
     seeds.reseed_torch("adapter")
     trainable = attach(denoiser, family, config.adapter)
     fit(denoiser, config.precision)
@@ -127,13 +139,13 @@ def _train(
     weights = Weights(trainable, optimizer, Ema.of(trainable.parameters(), config.adapter))
     # 5. where the run stands
     state = starting_state(config, family, plan, sources, timetable.total_steps, place)
-    report = Report(config, datasets, family, quantiser.told, folder, bus)
+    report = Report(config, datasets, family, trainable, quantiser.told, folder, bus)
     limit = config.schedule.checkpoints_total_limit
     saver = Checkpointer(folder, state, weights, limit, report.metadata, bus)
     resumed = saver.resume(
         config.schedule.resume_from_checkpoint, on_data_change=config.schedule.on_data_change
     )
-    report.started(sources, plan, timetable, state, trainable, place, resumed)
+    report.started(sources, plan, timetable, state, place, resumed)
     # 6. the loop
     stepper = Stepper.of(
         place, family, weights, config.diffusion, config.optimizer, timetable.total_steps, seeds
@@ -162,6 +174,6 @@ def _export(
     with folder.writing("the weights"), folder.staging() as staging:
         written, *others = trainable.export(staging, metadata)
         verified = trainable.verify(written)
-        for other in others:
-            other.replace(folder.root / other.name)
-        return written.replace(folder.root / written.name), verified
+        for each in (*others, written):
+            put_in_place(each, folder.root / each.name)
+        return folder.root / written.name, verified

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from simpletuner.adapters.export import LORA_FILE
 from simpletuner.core.events import Bus, ImagesMade
 from simpletuner.core.files import RunFolder, read_json, safe_name, write_json, write_through
 from simpletuner.validation.comparison import Row, comparison_sheet
@@ -216,7 +215,7 @@ class Validator:
         if step is None:
             return None
         folder = self.folder.checkpoint(step)
-        return f"{folder.name}/{LORA_FILE}" if folder.is_dir() else None
+        return f"{folder.name}/{self.weights.trainable.file}" if folder.is_dir() else None
 
 
 def _shows(path: Path, asked: str) -> bool:

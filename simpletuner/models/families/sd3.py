@@ -110,6 +110,14 @@ class SD3(Family):
         length = self.text_options["tokenizer_max_length"]
         return MappingProxyType({"prompt_2": None, "prompt_3": None, "max_sequence_length": length})
 
+    def unused(self, denoiser: nn.Module) -> frozenset[str]:
+        """The last block asks nothing on behalf of the text: what it would say goes nowhere."""
+        last = int(denoiser.config.num_layers) - 1  # type: ignore[union-attr,arg-type]
+        idle = tuple(
+            f"transformer_blocks.{last}.attn.{name}." for name in ("add_q_proj", "norm_added_q")
+        )
+        return frozenset(name for name, _ in denoiser.named_parameters() if name.startswith(idle))
+
     def open_text(self, place: Place, shrink: Shrink | None = None) -> Any:
         """See Family.
 

@@ -250,7 +250,7 @@ def test_other_targets_are_refused_by_name(tiny_sdxl: Path, saved: Path) -> None
     saver = Checkpointer(RunFolder(saved), state, stepper.weights, 0, lambda _: {}, Bus())
     with pytest.raises(TrainingError, match=r"holds other weights .* 64 differ") as error:
         saver.resume("checkpoint-4", on_data_change="refuse")
-    assert "set lora_rank and peft_lora_target_modules back" in str(error.value)
+    assert "set what is trained (lora_rank, peft_lora_target_modules …) back" in str(error.value)
 
 
 def test_another_machine_is_told_once_by_what_differs(place: Place) -> None:
