@@ -86,7 +86,12 @@ METHODS = Table(
     "training method",
     (
         Row("lora", "simpletuner.adapters.lora:attach", "Low-rank adapters beside frozen weights."),
-        Row("lycoris", None, "LyCORIS adapters: LoKr, LoHa and their kin."),
+        Row(
+            "lycoris",
+            "simpletuner.adapters.lycoris:attach",
+            "LyCORIS adapters: LoKr, LoHa and their kin.",
+            needs="lycoris",
+        ),
         Row("full", "simpletuner.adapters.full:attach", "All weights of the denoiser."),
     ),
 )

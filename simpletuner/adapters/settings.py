@@ -29,7 +29,7 @@ class AdapterSettings(Section):
     """Train a small adapter (lora), or all weights of the denoiser (full), which needs several
     times the memory and a far smaller learning_rate, such as 1e-5."""
 
-    lora_type: Literal["standard", "lycoris"] = setting("standard", pending=("lycoris",))
+    lora_type: Literal["standard", "lycoris"] = setting("standard")
     """The kind of adapter: plain LoRA, or one of the LyCORIS family."""
 
     lora_rank: int = setting(16, ge=1)
@@ -65,7 +65,7 @@ class AdapterSettings(Section):
     """The layout of the LoRA; in another than diffusers, a second file with the layout in its name
     is written beside the first, with the same change of every weight."""
 
-    lycoris_config: Path | dict[str, Any] | None = setting(None, pending=True, path=True)
+    lycoris_config: Path | dict[str, Any] | None = setting(None, path=True)
     """The LyCORIS algorithm and its options: a JSON file, or the object itself; without it,
     lycoris_config.json beside the settings file."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.adapters.export import lora_file
+from simpletuner.adapters.lycoris_settings import LycorisConfig
 from simpletuner.config.flat import SETTINGS, problems_inside
 from simpletuner.config.read import SECRET, looks_secret
 from simpletuner.config.source import Given
@@ -244,23 +245,40 @@ def first_adapter_exists(run: Proposal) -> Iterator[Problem]:
         yield run.problem("init_lora", f"{lora_file(path)} does not exist; correct the path")
 
 
+_OF_LORA = (
+    *("lora_dropout", "lora_format", "lora_init_type", "peft_lora_target_modules"),
+    *("use_dora", "use_rslora"),
+)
+
+
 def settings_of_method(run: Proposal) -> Iterator[Problem]:
-    """What shapes an adapter is asked where there is one; its size may stay from another run."""
-    if run.values["model_type"] != "full":
-        return
-    for key in (
-        "init_lora",
-        "lora_dropout",
-        "lora_format",
-        "lora_init_type",
-        "peft_lora_target_modules",
-        "use_dora",
-        "use_rslora",
-    ):
-        if _asked(run, key):
-            yield run.problem(
-                key, "is of an adapter, and model_type full has none; remove it, or set lora"
-            )
+    """What shapes an adapter is asked where there is such; its size may stay from another run."""
+    full, lycoris = run.values["model_type"] == "full", run.values["lora_type"] == "lycoris"
+    if full:
+        for key in (*_OF_LORA, "init_lora", "lycoris_config"):
+            if _asked(run, key):
+                yield run.problem(
+                    key, "is of an adapter, and model_type full has none; remove it, or set lora"
+                )
+    elif lycoris:
+        for key in _OF_LORA:
+            if _asked(run, key):
+                yield run.problem(key, "is of a plain LoRA; remove it, or set lora_type standard")
+        yield from _lycoris_config(run)
+    elif run.says("lycoris_config") is not None:
+        yield run.problem(
+            "lycoris_config", "changes nothing without lora_type lycoris; set that, or remove this"
+        )
+
+
+def _lycoris_config(run: Proposal) -> Iterator[Problem]:
+    config, key = run.values["lycoris_config"], "lycoris_config"
+    if not isinstance(config, Mapping):
+        yield run.problem(
+            key, 'is needed by lora_type lycoris: a file, or an object such as {"algo": "lokr"}'
+        )
+    else:
+        yield from problems_inside(LycorisConfig, config, run.given[key])
 
 
 def learning_rate_uses(run: Proposal) -> Iterator[Problem]:

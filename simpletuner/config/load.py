@@ -22,10 +22,11 @@ from simpletuner.config.flat import (
     sections,
     waiting,
 )
+from simpletuner.config.json_lines import parse_json
 from simpletuner.config.places import fill, locate
-from simpletuner.config.read import Reader, last_of_each
+from simpletuner.config.read import Reader, last_of_each, object_keys
 from simpletuner.config.root import Config
-from simpletuner.config.source import Given, Source, shown
+from simpletuner.config.source import Given, Source, read_text, shown
 from simpletuner.config.unsupported import UNSUPPORTED
 from simpletuner.core.errors import ConfigError, Problem
 from simpletuner.core.section import Section
@@ -37,6 +38,7 @@ __all__ = ["Loaded", "examples_folder", "load", "shipped_folder"]
 
 _SELECTORS = frozenset({"config", "env", "example", "config_backend"})
 _DATASETS_FILE = "multidatabackend.json"
+_LYCORIS_FILE = "lycoris_config.json"
 _OTHER_SELECTORS = MappingProxyType({"e": "example", "config_path": "config"})
 
 
@@ -94,6 +96,7 @@ class _Loading:
         given = self._merge(source, flags)
         values = read_values(given, SETTINGS, self.notes)
         self._fill(values, given, place)
+        self._read_lycoris(values, given, place)
         self._fit_the_machine(values, given)
         built = self._sections(values, given, place)
         merged = _merged(built, values)
@@ -148,6 +151,26 @@ class _Loading:
             elif in_example and _names_model(key) and (in_example / text).exists():
                 text = str(in_example / text)
             values[key] = text
+
+    def _read_lycoris(self, values: dict[str, Any], given: dict[str, Given], place: Place) -> None:
+        """Put the object of a lycoris_config file in its place; it may lie beside the settings."""
+        key, named = "lycoris_config", values.get("lycoris_config")
+        if values.get("lora_type") != "lycoris" or isinstance(named, Mapping):
+            return
+        folders = [place.file.parent] if place.file else []
+        paths = [Path(named)] if named else [folder / _LYCORIS_FILE for folder in folders]
+        for path in (path for path in paths if named or path.is_file()):
+            name = shown(path, self.cwd)
+            try:
+                found = object_keys(parse_json(read_text(path, name), name), name)
+            except ConfigError as error:
+                self.problems += error.problems
+                values.pop(key, None)
+                continue
+            lines = {(item.key, *path): n for item in found for path, n in item.lines.items()}
+            lines |= {(item.key,): item.line for item in found if item.line}
+            values[key] = {item.key: item.value for item in found}
+            given[key] = Given(key, values[key], name, lines=lines)
 
     def _fit_the_machine(self, values: dict[str, Any], given: Mapping[str, Given]) -> None:
         """Where a format works on this machine in fp32 alone, that is the default there."""

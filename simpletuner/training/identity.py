@@ -7,6 +7,7 @@ unless the user goes on; *settings* may change, and each change is told.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -98,13 +99,17 @@ def model_identity(config: Config, family: Family) -> Facts:
             **family.text_options,
             "prediction_type": family.prediction_type,
             "model_type": adapter.model_type,
-            **(_adapter_identity(adapter) if adapter.model_type == "lora" else {}),
+            **_adapter_identity(adapter),
             "optimizer": config.optimizer.optimizer,
         }
     )
 
 
 def _adapter_identity(adapter: AdapterSettings) -> dict[str, Any]:
+    if adapter.model_type == "full":
+        return {}
+    if adapter.lora_type == "lycoris":
+        return {"lycoris_config": json.dumps(adapter.lycoris_config, sort_keys=True)}
     return {
         "lora_rank": adapter.lora_rank,
         "lora_alpha": float(adapter.lora_alpha or adapter.lora_rank),
@@ -118,7 +123,8 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
 
     Settings without an effect beside the others are left out.
     """
-    precision, of_lora = config.precision, config.adapter.model_type == "lora"
+    precision = config.precision
+    of_lora = (config.adapter.model_type, config.adapter.lora_type) == ("lora", "standard")
     found: dict[str, Any] = {
         **_optimizer_settings(config.optimizer, total_steps),
         **({"lora_dropout": config.adapter.lora_dropout} if of_lora else {}),
