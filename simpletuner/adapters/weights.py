@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     from simpletuner.adapters.ema import Ema
     from simpletuner.adapters.method import Trainable
 
@@ -37,16 +37,38 @@ class Weights:
 
         Args:
             state: ``raw``: as they train. ``eval``: as they are shown and saved: their average, if
-                there is one, and dropout off.
+                there is one (ours, or that of an optimizer that keeps one), and dropout off.
         """
         modules = dict(self.trainable.denoiser.named_modules())
         modes = {name: module.training for name, module in modules.items()}
         if state == "eval":
             self.trainable.denoiser.eval()
-        averaged = self.ema.shown() if self.ema and state == "eval" else nullcontext()
+        averaged: AbstractContextManager[object] = nullcontext()
+        if state == "eval":
+            averaged = self.ema.shown() if self.ema else self._averaged_by_the_optimizer()
         try:
             with averaged:
                 yield
         finally:
             for name, module in modules.items():
                 module.training = modes[name]
+
+    @contextmanager
+    def _averaged_by_the_optimizer(self) -> Iterator[None]:
+        """Hold the weights at what a schedule-free optimizer says they are worth.
+
+        The way back is a copy: its own arithmetic would leave the weights a digit off.
+        """
+        if not hasattr(self.optimizer, "eval"):
+            yield
+            return
+        held = list(self.trainable.parameters().values())
+        kept = [parameter.detach().clone() for parameter in held]
+        self.optimizer.eval()
+        try:
+            yield
+        finally:
+            self.optimizer.train()  # type: ignore[attr-defined]
+            with torch.no_grad():
+                for parameter, value in zip(held, kept, strict=True):
+                    parameter.copy_(value)

@@ -338,6 +338,35 @@ def optimizer_takes_its_numbers(run: Proposal) -> Iterator[Problem]:
             yield run.problem(problem.key, problem.message)
 
 
+def optimizer_fits(run: Proposal) -> Iterator[Problem]:
+    """What an optimizer decides itself is not asked of something else, and it runs here."""
+    values, name = run.values, run.values["optimizer"]
+    row = OPTIMIZERS.get(name) if name in OPTIMIZERS else None
+    if row is None or row.pending:
+        return
+    if row.fact("on") not in (None, run.device):
+        yield run.problem(
+            "optimizer",
+            f"{name} needs an NVIDIA GPU, and this machine trains on {run.device}; take"
+            f" {name.removesuffix('-paged')}",
+        )
+    if row.fact("no_schedule"):
+        if values["lr_scheduler"] not in ("constant", "constant_with_warmup"):
+            yield run.problem(
+                "lr_scheduler", f"{name} takes its place; set constant or constant_with_warmup"
+            )
+        if values["use_ema"]:
+            yield run.problem("use_ema", f"{name} averages the weights itself; remove it")
+    if row.fact("own_rate") and values["learning_rate"] < 0.1:
+        yield run.problem(
+            "learning_rate", f"is a factor on the rate that {name} finds; set it to 1"
+        )
+    if values["prodigy_steps"] is not None and not row.fact("own_rate"):
+        yield run.problem(
+            "prodigy_steps", "changes nothing without optimizer prodigy; set that, or remove this"
+        )
+
+
 def dora_over_quantised(run: Proposal) -> Iterator[Problem]:
     """DoRA reads the weights it is attached to, which quanto gives out in fp32 alone."""
     name, values = str(run.values["base_model_precision"]), run.values
@@ -437,6 +466,7 @@ CHECKS: tuple[Check, ...] = (
     validation_sizes_fit,
     options_of_row,
     optimizer_takes_its_numbers,
+    optimizer_fits,
     no_secrets,
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,9 +46,12 @@ def build_optimizer(
         ExtraMissing: Its package is not installed.
     """
     assert len({group.name for group in groups}) == len(groups), "state is kept by group name"
-    make = OPTIMIZERS[settings.optimizer].load()
+    row = OPTIMIZERS[settings.optimizer]
+    make = row.load()
     options = options_of(settings)
     decay = options.pop("weight_decay")
+    if settings.prodigy_steps is not None:
+        options["steps"] = settings.prodigy_steps
     ready = [
         {
             "name": group.name,
@@ -57,11 +60,13 @@ def build_optimizer(
             "weight_decay": decay if group.decay else 0.0,
             "lr": settings.learning_rate * group.lr_scale,
             "lr_scale": group.lr_scale,
+            "optimizer": row.name,
+            "remembers": row.fact("remembers", ()),
         }
         for group in groups
     ]
     optimizer: torch.optim.Optimizer = make(
-        ready, seed=seeds.seed, lr=settings.learning_rate, **options
+        ready, cls=row.fact("cls"), seed=seeds.seed, lr=settings.learning_rate, **options
     )
     return optimizer
 
@@ -77,16 +82,8 @@ def optimizer_tensors(
     Plain numbers become 0-dim int64 or fp64 tensors; what belongs to a whole group is
     ``group:<what>:<group>``.
     """
-    found: dict[str, Tensor] = {}
-    for name, parameter in _parameters(groups).items():
-        for what, value in optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                found[f"{what}:{name}"] = _as_tensor(value)
-    for group in optimizer.param_groups:
-        for what, value in group.items():
-            if isinstance(value, Tensor):
-                found[f"group:{what}:{group['name']}"] = _as_tensor(value)
-    return found
+    held = _held(optimizer, groups)
+    return {key: _as_tensor(holder[place]) for key, (holder, place) in held.items()}
 
 
 def load_optimizer_tensors(
@@ -111,7 +108,7 @@ def load_optimizer_tensors(
     if differing := sorted(now.keys() ^ tensors.keys()):
         whose = "lacks" if differing[0] in now else "remembers"
         raise _mismatch(f"{whose} {differing[0]}")
-    by_name = {group["name"]: group for group in optimizer.param_groups}
+    held = _held(optimizer, groups)
     for key, tensor in tensors.items():
         if tensor.shape != now[key].shape:
             shapes = f"{tuple(tensor.shape)}, now {tuple(now[key].shape)}"
@@ -119,13 +116,12 @@ def load_optimizer_tensors(
         if tensor.dtype != now[key].dtype:
             dtypes = f"{_name(tensor.dtype)}, now {_name(now[key].dtype)}"
             raise _mismatch(f"remembers {key} in {dtypes}")
-        what, _, name = key.partition(":")
-        if what == "group":
-            what, _, name = name.partition(":")
-            holder = by_name[name]
+        holder, place = held[key]
+        before = holder[place]
+        if isinstance(before, Tensor):
+            before.copy_(tensor)
         else:
-            holder = optimizer.state[parameters[name]]
-        holder[what] = _restored(holder[what], tensor)
+            holder[place] = type(before)(tensor.item())
 
 
 def _take_empty_step(optimizer: torch.optim.Optimizer, members: set[int]) -> None:
@@ -155,17 +151,37 @@ def _parameters(groups: Sequence[ParamGroup]) -> dict[str, torch.nn.Parameter]:
     return {name: p for group in groups for name, p in group.parameters.items()}
 
 
+def _held(
+    optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup]
+) -> dict[str, tuple[Any, Any]]:
+    """Where each thing the optimizer remembers is held: a mapping or list, and its place there."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, parameter in _parameters(groups).items():
+        state = optimizer.state.get(parameter, {})
+        for what in state:
+            for title, holder, place in _pieces(str(what), state, what):
+                found[f"{title}:{name}"] = (holder, place)
+    for group in optimizer.param_groups:
+        for what in group["remembers"]:
+            if what in group:
+                found[f"group:{what}:{group['name']}"] = (group, what)
+    return found
+
+
+def _pieces(title: str, holder: Any, place: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The tensors and numbers in one thing that is remembered, which may be a list of them."""
+    value = holder[place]
+    if isinstance(value, list):
+        for number in range(len(value)):
+            yield from _pieces(f"{title}.{number}", value, number)
+    elif isinstance(value, Tensor | int | float):
+        yield title, holder, place
+
+
 def _as_tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().clone()
     return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
-
-
-def _restored(before: Any, tensor: Tensor) -> Any:
-    """`tensor` as the optimizer keeps it: a plain number, or a tensor of the same layout."""
-    if not isinstance(before, Tensor):
-        return type(before)(tensor.item())
-    return torch.empty_like(before).copy_(tensor)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -3,52 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from simpletuner.core.errors import ConfigError, Problem, did_you_mean
-from simpletuner.core.section import Section, setting
+from simpletuner.core.section import Section
 from simpletuner.core.table import Row, Table
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class AdamOptions(Section):
-    """What AdamW takes; without a value, the number of the optimizer's row."""
-
-    betas: tuple[Beta, Beta] | None = setting(None)
-    """The same as optimizer_beta1 and optimizer_beta2."""
-
-    weight_decay: float | None = setting(None, ge=0)
-    """The same as adam_weight_decay."""
-
-    eps: float | None = setting(None, gt=0)
-    """The same as adam_epsilon."""
-
-
-class OptimiLionOptions(Section):
-    """What torch-optimi's Lion takes; it divides by nothing and so has no eps."""
-
-    betas: tuple[Beta, Beta] | None = setting(None)
-    """The same as optimizer_beta1 and optimizer_beta2."""
-
-    weight_decay: float | None = setting(None, ge=0)
-    """The same as adam_weight_decay."""
-
-    kahan_sum: bool | None = setting(None)
-    """Compensate the rounding of bf16 weights; without a value, wherever weights are bf16."""
-
-    decouple_lr: bool = setting(False)
-    """Take weight decay off whole instead of times learning_rate, falling as the rate falls; use a
-    far smaller weight decay then."""
-
-
-class OptimiAdamOptions(OptimiLionOptions):
-    """What torch-optimi's AdamW takes."""
-
-    eps: float | None = setting(None, gt=0)
-    """The same as adam_epsilon."""
+from simpletuner.optim.options import (
+    AdafactorOptions,
+    AdamOptions,
+    Bnb8bitLionOptions,
+    Bnb8bitOptions,
+    BnbAdEMAMixOptions,
+    CAMEOptions,
+    LionOptions,
+    MuonOptions,
+    OptimiAdamOptions,
+    OptimiAdanOptions,
+    OptimiLionOptions,
+    ProdigyOptions,
+    ScheduleFreeOptions,
+    SGDOptions,
+    SOAPOptions,
+)
 
 
 def _numbers(
@@ -67,45 +45,227 @@ _LION = _numbers(0.0, betas=(0.9, 0.99))
 _ADEMAMIX = _numbers(1e-2, 1e-8, (0.9, 0.999, 0.9999))
 _PLAIN = _numbers(0.0, betas=None)
 
+_MAKE = "simpletuner.optim.make:"
+
+_PAGE, _PAGES = (f"{move} to the CPU when memory is short" for move in ("move", "moves"))
+
+
+def _row(
+    name: str,
+    make: str,
+    summary: str,
+    options: type[Section],
+    numbers: Mapping[str, Any],
+    *,
+    state_bytes: float,
+    needs: str | None = None,
+    **facts: Any,
+) -> Row:
+    """A row that is built.
+
+    Args:
+        state_bytes: What it remembers, in bytes for each fp32 weight of a large matrix.
+        facts: ``cls``: the library's class. ``syncs``: a step waits for the device.
+            ``bf16_weights``: it may train weights that are held in bf16. ``on``: the only kind of
+            device it runs on. ``remembers``: numbers of a parameter group that a step changes.
+            ``no_schedule``: its rate must not fall. ``own_rate``: it finds its rate itself.
+    """
+    known = {**numbers, "state_bytes": state_bytes, **facts}
+    return Row(name, f"{_MAKE}{make}", summary, needs=needs, options=options, facts=known)
+
+
+_BNB: tuple[tuple[str, str, str, type[Section], Mapping[str, Any], float], ...] = (
+    ("bnb-adamw", "AdamW", "AdamW of bitsandbytes.", AdamOptions, _ADAMW, 8),
+    ("bnb-adamw8bit", "AdamW8bit", "AdamW with 8-bit moments.", Bnb8bitOptions, _ADAMW, 2.03),
+    ("bnb-adamw-paged", "PagedAdamW", f"AdamW whose moments {_PAGE}.", AdamOptions, _ADAMW, 8),
+    (
+        "bnb-adamw8bit-paged",
+        "PagedAdamW8bit",
+        f"AdamW with 8-bit moments that {_PAGE}.",
+        Bnb8bitOptions,
+        _ADAMW,
+        2.03,
+    ),
+    ("bnb-lion", "Lion", "Lion of bitsandbytes.", LionOptions, _LION, 4),
+    ("bnb-lion8bit", "Lion8bit", "Lion with an 8-bit momentum.", Bnb8bitLionOptions, _LION, 1.02),
+    ("bnb-lion-paged", "PagedLion", f"Lion whose momentum {_PAGES}.", LionOptions, _LION, 4),
+    (
+        "bnb-lion8bit-paged",
+        "PagedLion8bit",
+        f"Lion with an 8-bit momentum that {_PAGES}.",
+        Bnb8bitLionOptions,
+        _LION,
+        1.02,
+    ),
+    (
+        "bnb-ademamix",
+        "AdEMAMix",
+        "AdEMAMix of bitsandbytes: AdamW with a second, slow momentum.",
+        BnbAdEMAMixOptions,
+        _ADEMAMIX,
+        12,
+    ),
+    (
+        "bnb-ademamix8bit",
+        "AdEMAMix8bit",
+        "AdEMAMix with 8-bit moments.",
+        BnbAdEMAMixOptions,
+        _ADEMAMIX,
+        3.05,
+    ),
+)
+
 _BUILT = (
-    Row(
+    _row(
         "adamw_bf16",
-        "simpletuner.optim.make:adamw_bf16",
+        "adamw_bf16",
         "AdamW with fp32 moments; bf16 weights are rounded stochastically, so that small updates"
         " are not lost.",
-        options=AdamOptions,
-        facts=_ADAMW | {"bf16_weights": True},
+        AdamOptions,
+        _ADAMW,
+        state_bytes=8,
+        bf16_weights=True,
     ),
-    Row(
+    _row(
         "torch-adamw",
-        "simpletuner.optim.make:torch_adamw",
+        "torchs",
         "PyTorch's AdamW.",
-        options=AdamOptions,
-        facts=_numbers(1e-2, 1e-8),
+        AdamOptions,
+        _numbers(1e-2, 1e-8),
+        cls="AdamW",
+        state_bytes=8,
     ),
-    Row(
+    _row("torch-adam", "torchs", "PyTorch's Adam.", AdamOptions, _ADAM, cls="Adam", state_bytes=8),
+    _row("torch-sgd", "torchs", "PyTorch's SGD.", SGDOptions, _PLAIN, cls="SGD", state_bytes=0),
+    _row(
+        "torch-adafactor",
+        "torchs",
+        "Adafactor of PyTorch: factored squares and no momentum, next to no memory.",
+        AdafactorOptions,
+        _PLAIN,
+        cls="Adafactor",
+        state_bytes=0.02,
+        syncs=True,
+    ),
+    _row(
+        "muon",
+        "muon",
+        "Orthogonalised momentum for matrices (Muon of PyTorch), at AdamW's rates; AdamW for"
+        " everything else, such as biases and kernels.",
+        MuonOptions,
+        _numbers(0.1, betas=None),
+        state_bytes=4,
+    ),
+    _row(
         "optimi-adamw",
-        "simpletuner.optim.make:optimi_adamw",
+        "optimis",
         "AdamW of torch-optimi; Kahan summation for bf16 weights.",
+        OptimiAdamOptions,
+        _numbers(1e-2, 1e-6, (0.9, 0.99)),
+        cls="AdamW",
         needs="train",
-        options=OptimiAdamOptions,
-        facts=_numbers(1e-2, 1e-6, (0.9, 0.99)),
+        state_bytes=8,
+        remembers=("step",),
+        bf16_weights=True,
     ),
-    Row(
+    _row(
         "optimi-lion",
-        "simpletuner.optim.make:optimi_lion",
+        "optimis",
         "Lion of torch-optimi: steps of one size by the sign of the momentum, half the memory of"
         " AdamW; wants a learning rate 3 to 10 times smaller.",
+        OptimiLionOptions,
+        _LION,
+        cls="Lion",
         needs="train",
-        options=OptimiLionOptions,
-        facts=_LION,
+        state_bytes=4,
+        bf16_weights=True,
+    ),
+    _row(
+        "optimi-stableadamw",
+        "optimis",
+        "AdamW of torch-optimi that bounds each tensor's update: steady without max_grad_norm.",
+        OptimiAdamOptions,
+        _numbers(1e-2, 1e-6, (0.9, 0.99)),
+        cls="StableAdamW",
+        needs="train",
+        state_bytes=8,
+        syncs=True,
+        remembers=("step",),
+        bf16_weights=True,
+    ),
+    _row(
+        "optimi-adan",
+        "optimis",
+        "Adan of torch-optimi: Adam with Nesterov's momentum, of 3 betas; takes larger rates.",
+        OptimiAdanOptions,
+        _numbers(2e-2, 1e-6, (0.98, 0.92, 0.999)),
+        cls="Adan",
+        needs="train",
+        state_bytes=16,
+        remembers=("step",),
+    ),
+    *(
+        _row(
+            name,
+            "bitsandbytes",
+            summary,
+            options,
+            numbers,
+            cls=cls,
+            needs="bnb",
+            state_bytes=state_bytes,
+            on="cuda" if cls.startswith("Paged") else None,
+        )
+        for name, cls, summary, options, numbers, state_bytes in _BNB
+    ),
+    _row(
+        "prodigy",
+        "prodigy",
+        "Prodigy: AdamW that finds its own rate; learning_rate is a factor on it, usually 1.",
+        ProdigyOptions,
+        _numbers(0.0, 1e-8, (0.9, 0.99)),
+        needs="optimizers",
+        state_bytes=16,
+        syncs=True,
+        own_rate=True,
+        remembers=("k", "d", "d_max", "d_numerator"),
+    ),
+    _row(
+        "adamw_schedulefree",
+        "schedule_free",
+        "Schedule-free AdamW (Defazio et al. 2024): an average of the weights takes the place of a"
+        " falling rate; that average is what is shown, saved and exported.",
+        ScheduleFreeOptions,
+        _numbers(1e-2, 1e-8),
+        needs="optimizers",
+        state_bytes=8,
+        no_schedule=True,
+        remembers=("k", "weight_sum", "lr_max"),
+    ),
+    _row(
+        "soap",
+        "soap",
+        "SOAP: Adam in the eigenbasis of Shampoo; remembers the squares of both sides of a matrix.",
+        SOAPOptions,
+        _numbers(1e-2, 1e-8, (0.95, 0.95)),
+        needs="optimizers",
+        state_bytes=24,
+        syncs=True,
+        remembers=("step",),
+    ),
+    _row(
+        "came",
+        "came",
+        "CAME: Adafactor with a momentum and a guard against unsure updates; half AdamW's memory.",
+        CAMEOptions,
+        _numbers(0.0, betas=(0.9, 0.999, 0.9999)),
+        needs="optimizers",
+        state_bytes=4.06,
+        remembers=("step",),
     ),
 )
 
 _NOT_BUILT = (
-    ("adamw_schedulefree", "AdamW that needs no schedule.", None, _numbers(1e-2, 1e-8)),
-    ("torch-adam", "PyTorch's Adam.", None, _ADAM),
-    ("torch-adafactor", "Adafactor: factored moments, little memory.", None, _PLAIN),
     ("torch-adagrad", "PyTorch's Adagrad.", None, _numbers(0.0, 1e-10, None)),
     ("torch-adadelta", "PyTorch's Adadelta.", None, _numbers(0.0, 1e-6, None)),
     ("torch-adamax", "PyTorch's Adamax.", None, _ADAM),
@@ -113,36 +273,20 @@ _NOT_BUILT = (
     ("torch-nadam", "PyTorch's NAdam.", None, _ADAM),
     ("torch-radam", "PyTorch's RAdam.", None, _ADAM),
     ("torch-rmsprop", "PyTorch's RMSprop.", None, _numbers(0.0, 1e-8, None)),
-    ("torch-sgd", "PyTorch's SGD.", None, _PLAIN),
     ("optimi-adam", "Adam of torch-optimi.", "train", _numbers(0.0, 1e-6, (0.9, 0.99))),
-    ("optimi-adan", "Adan of torch-optimi.", "train", _numbers(2e-2, 1e-6, (0.98, 0.92, 0.999))),
     ("optimi-radam", "RAdam of torch-optimi.", "train", _numbers(0.0, 1e-6, (0.9, 0.99))),
     ("optimi-ranger", "Ranger of torch-optimi.", "train", _numbers(0.0, 1e-6, (0.9, 0.99))),
     ("optimi-sgd", "SGD of torch-optimi.", "train", _PLAIN),
-    ("optimi-stableadamw", "AdamW that clips itself.", "train", _numbers(1e-2, 1e-6, (0.9, 0.99))),
     ("bnb-adagrad", "Adagrad of bitsandbytes.", "bnb", _numbers(0.0, 1e-10, None)),
     ("bnb-adagrad8bit", "Adagrad, 8-bit.", "bnb", _numbers(0.0, 1e-10, None)),
     ("bnb-adam", "Adam of bitsandbytes.", "bnb", _ADAM),
     ("bnb-adam8bit", "Adam with 8-bit moments.", "bnb", _ADAM),
-    ("bnb-adamw", "AdamW of bitsandbytes.", "bnb", _ADAMW),
-    ("bnb-adamw8bit", "AdamW with 8-bit moments.", "bnb", _ADAMW),
-    ("bnb-adamw-paged", "AdamW whose moments page to the CPU.", "bnb", _ADAMW),
-    ("bnb-adamw8bit-paged", "AdamW with 8-bit moments that page.", "bnb", _ADAMW),
-    ("bnb-lion", "Lion of bitsandbytes.", "bnb", _LION),
-    ("bnb-lion8bit", "Lion with 8-bit momentum.", "bnb", _LION),
-    ("bnb-lion-paged", "Lion whose momentum pages to the CPU.", "bnb", _LION),
-    ("bnb-lion8bit-paged", "Lion with 8-bit momentum that pages.", "bnb", _LION),
-    ("bnb-ademamix", "AdEMAMix: a fast and a slow momentum.", "bnb", _ADEMAMIX),
-    ("bnb-ademamix8bit", "AdEMAMix with 8-bit moments.", "bnb", _ADEMAMIX),
     ("bnb-ademamix-paged", "AdEMAMix whose moments page.", "bnb", _ADEMAMIX),
     ("bnb-ademamix8bit-paged", "AdEMAMix with 8-bit moments that page.", "bnb", _ADEMAMIX),
     ("ao-adamw8bit", "AdamW of torchao with 8-bit moments.", None, _ADAMW),
     ("ao-adamw4bit", "AdamW of torchao with 4-bit moments.", None, _ADAMW),
     ("ao-adamfp8", "Adam of torchao with fp8 moments.", None, _ADAMW),
     ("ao-adamwfp8", "AdamW of torchao with fp8 moments.", None, _ADAMW),
-    ("prodigy", "Finds its own learning rate; set learning_rate to 1.", None, _LION),
-    ("soap", "Adam in Shampoo's eigenbasis.", None, _numbers(1e-2, 1e-8, (0.95, 0.95))),
-    ("muon", "Orthogonalised momentum for matrices.", None, _numbers(0.1, 1e-7, None)),
 )
 
 OPTIMIZERS = Table(
@@ -191,6 +335,10 @@ def numbers(
             continue
         if row.fact(name) is None:
             sentence = f"{optimizer} has no {name}; remove it"
+            problems.append(Problem(sentence, keys[name]))
+        elif name == "betas" and len(row.fact(name)) != 2:
+            count = len(row.fact(name))
+            sentence = f"{optimizer} has {count} betas; write them in optimizer_config"
             problems.append(Problem(sentence, keys[name]))
         elif chosen.setdefault(name, value) != value:
             sentence = f"is {value:g} here" if isinstance(value, float) else f"is {value} here"

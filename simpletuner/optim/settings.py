@@ -65,7 +65,7 @@ class OptimizerSettings(Section):
     gradient_precision: Literal["unmodified", "fp32"] | None = setting(None, pending=True)
     """The dtype gradients are summed in; without it, that of the trained weights."""
 
-    prodigy_steps: int | None = setting(None, pending=True, ge=0, unit="optimizer steps")
+    prodigy_steps: int | None = setting(None, ge=1, unit="optimizer steps")
     """How long Prodigy looks for its learning rate; without it, the whole run."""
 
     text_encoder_lr: float | None = setting(None, pending=True, gt=0)

@@ -41,7 +41,12 @@ LOADED = {
 }
 """Everything that shapes noise and loss, at once."""
 
-BUILT = [name for name, row in OPTIMIZERS.items() if not row.pending]
+BUILT = [
+    name
+    for name, row in OPTIMIZERS.items()
+    if not row.pending and not row.fact("syncs") and row.needs != "bnb"
+]
+"""Those that wait for nothing; the kernels of bitsandbytes are watched on a GPU."""
 
 
 @pytest.mark.parametrize(
