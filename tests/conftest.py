@@ -41,6 +41,22 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd1x(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 1 folder that predicts noise; shared, so read it only."""
+    from tests.tiny.build import build_sd1x
+
+    return build_sd1x(tmp_path_factory.mktemp("tiny") / "sd1x")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX.1 folder that is told a guidance strength; shared, so read it only."""
+    from tests.tiny.build import build_flux
+
+    return build_flux(tmp_path_factory.mktemp("tiny") / "flux")
+
+
+@pytest.fixture(scope="session")
 def tiny_sdxl_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL folder that predicts v; shared by all tests, so read it only."""
     from tests.tiny.build import build_sdxl

@@ -240,7 +240,10 @@ def _named(changes: Changes, layout: str, family: type[Family]) -> dict[str, Cha
 
 
 def _one(module: str, held: Mapping[int, Change], shares: tuple[int, ...]) -> Change:
-    """The changes of a matrix's shares as one: their directions side by side, strengths in `up`."""
+    """The changes of a matrix's shares as one, their directions side by side.
+
+    A strength that all have stays in alpha, so that the file can be gone on from; others go in up.
+    """
     if len(shares) == 1:
         return held[0]
     sizes = [change.magnitude for _, change in sorted(held.items())]
@@ -254,14 +257,15 @@ def _one(module: str, held: Mapping[int, Change], shares: tuple[int, ...]) -> Ch
     unit = len(first.up) // shares[part]
     rank = sum(change.rank for change in held.values())
     up = first.up.new_zeros(unit * sum(shares), rank)
-    column = 0
+    column, strengths = 0, {change.alpha / change.rank for change in held.values()}
+    common = strengths.pop() if len(strengths) == 1 else 1.0
     for part, change in sorted(held.items()):
         row = unit * sum(shares[:part])
         block = up[row : row + len(change.up), column : column + change.rank]
-        block.copy_(change.up * (change.alpha / change.rank))
+        block.copy_(change.up * (change.alpha / change.rank / common))
         column += change.rank
     down = torch.cat([change.down for _, change in sorted(held.items())])
-    return Change(down, up, float(rank), torch.cat(with_size) if with_size else None)
+    return Change(down, up, common * rank, torch.cat(with_size) if with_size else None)
 
 
 def _write_diffusers(

@@ -39,7 +39,8 @@ def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Lo
     """
     from peft import LoraConfig
 
-    targets = list(settings.peft_lora_target_modules or family.lora_targets)
+    named = family.lora_target_sets.get(settings.flux_lora_target, family.lora_targets)
+    targets = list(settings.peft_lora_target_modules or named)
     _check_targets(denoiser, targets)
     config = LoraConfig(
         r=settings.lora_rank,

@@ -69,8 +69,12 @@ class AdapterSettings(Section):
     """The LyCORIS algorithm and its options: a JSON file, or the object itself; without it,
     lycoris_config.json beside the settings file."""
 
-    flux_lora_target: FluxTarget = setting("all", pending=True)
-    """Which layers of FLUX get an adapter, as a named choice."""
+    flux_lora_target: FluxTarget = setting(
+        "all", pending=("all+ffs+embedder+controlnet", "controlnet")
+    )
+    """Which layers of FLUX get an adapter: all attention (all, mmdit), that of the text alone
+    (context), these with the feed-forward layers (+ffs) and the entrance (+embedder), ai-toolkit's
+    choice, or one layer of two blocks (tiny) or of one (nano)."""
 
     assistant_lora_path: str | None = setting(None, pending=True)
     """A frozen helper adapter that undoes a model's distillation while it trains: a hub id or a

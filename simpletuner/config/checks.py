@@ -97,8 +97,9 @@ def settings_of_family(run: Proposal) -> Iterator[Problem]:
     for key, names in readers.items():
         default = SETTINGS[key].field.default
         if family not in names and run.says(key) not in (None, default):
+            verb = "has" if len(names) == 1 else "have"
             yield run.problem(
-                key, f"{family} has no use for it, {' and '.join(names)} has; remove it"
+                key, f"{family} has no use for it, {' and '.join(names)} {verb}; remove it"
             )
 
 
@@ -162,6 +163,16 @@ def settings_that_need_another(run: Proposal) -> Iterator[Problem]:
             values["flow_use_beta_schedule"],
             "flow_use_beta_schedule true",
         ),
+        (
+            ("flux_guidance_min", "flux_guidance_max"),
+            values["flux_guidance_mode"] == "random-range",
+            "flux_guidance_mode random-range",
+        ),
+        (
+            ("flux_guidance_value",),
+            values["flux_guidance_mode"] == "constant",
+            "flux_guidance_mode constant",
+        ),
         (("timestep_bias_multiplier",), part != "none", "a timestep_bias_strategy"),
         (
             ("timestep_bias_portion",),
@@ -177,9 +188,21 @@ def settings_that_need_another(run: Proposal) -> Iterator[Problem]:
         for key in keys:
             if _asked(run, key) and not there:
                 yield run.problem(key, f"changes nothing without {what}; set that, or remove this")
-    if part == "range" and values["timestep_bias_begin"] >= values["timestep_bias_end"]:
+    for low, high, there in (
+        ("timestep_bias_begin", "timestep_bias_end", part == "range"),
+        ("flux_guidance_min", "flux_guidance_max", values["flux_guidance_mode"] != "constant"),
+    ):
+        if there and values[low] >= values[high]:
+            yield run.problem(low, f"must be below {high}; swap or correct them")
+
+
+def one_choice_of_modules(run: Proposal) -> Iterator[Problem]:
+    """The modules that get an adapter are named once."""
+    if _asked(run, "flux_lora_target") and run.says("peft_lora_target_modules"):
         yield run.problem(
-            "timestep_bias_begin", "must be below timestep_bias_end; swap or correct them"
+            "flux_lora_target",
+            "peft_lora_target_modules names the modules, so this changes nothing; remove one of "
+            "the two",
         )
 
 
@@ -452,6 +475,7 @@ CHECKS: tuple[Check, ...] = (
     noise_of_family,
     flow_settings_agree,
     settings_that_need_another,
+    one_choice_of_modules,
     alignment_of_family,
     prompt_length_of_family,
     one_base_model,

@@ -68,8 +68,11 @@ class Checkpoint:
         cls = getattr(diffusers, self.scheduler_config["_class_name"])
         return cls.from_config(dict(self.scheduler_config), **changes)
 
-    def open_pipeline(self, name: str, *, without: Iterable[str], dtype: torch.dtype) -> Any:
-        """The stock pipeline `name` without some of its parts.
+    def open_pipeline(self, name: str, *, options: Mapping[str, Any], dtype: torch.dtype) -> Any:
+        """The stock pipeline `name`.
+
+        Args:
+            options: What its constructor is told; a part that is None is not opened.
 
         Raises:
             ModelError: It cannot be read as such a pipeline.
@@ -77,7 +80,7 @@ class Checkpoint:
         import diffusers
 
         cls = getattr(diffusers, name)
-        options = {"dtype": dtype, "local_files_only": True, **dict.fromkeys(without)}
+        options = {"dtype": dtype, "local_files_only": True, **options}
         if self.file is not None:
             file, configs = str(self.file), str(self.folder)
             return self._read(name, lambda: cls.from_single_file(file, config=configs, **options))

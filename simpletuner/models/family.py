@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from simpletuner.core.types import Batch, Draw, Embeds, Place
+    from simpletuner.core.seeds import Seeds
+    from simpletuner.core.types import Batch, Draw, Embeds, Place, Sample
     from simpletuner.models.checkpoint import Checkpoint
 
     Shrink = Callable[[str, nn.Module, torch.device], None]
@@ -60,12 +61,14 @@ class Family(ABC):
     """Its name in the modelspec header that other tools read."""
     pipeline: ClassVar[str]
     """The stock pipeline's class in diffusers."""
+    pipeline_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """What its constructor is told besides; parts that are None are not opened and not fetched."""
     flavours: ClassVar[Mapping[str, Flavour]]
     """Named checkpoints; the first is the default."""
     prediction_types: ClassVar[tuple[str, ...]]
     """What it can be trained to predict; the first where the scheduler's config does not say."""
     own_settings: ClassVar[tuple[str, ...]] = ()
-    """The settings of ``model`` that not every family reads, but this one does."""
+    """The settings that not every family reads, but this one does."""
     alignment: ClassVar[int] = 8
     """Both edges of every picture are a multiple of this many px."""
     most_tokens: ClassVar[int | None] = None
@@ -80,6 +83,8 @@ class Family(ABC):
     """How each kept output is batched: ``stack``."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Module names that carry an adapter unless the user names others."""
+    lora_target_sets: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
+    """Such lists by the names that a setting of the family gives them."""
     original: ClassVar[OriginalNames]
     """The denoiser's modules in the model's original release."""
     kohya_names: ClassVar[str] = "original"
@@ -90,6 +95,11 @@ class Family(ABC):
 
     # --- opening -----------------------------------------------------------------------------
 
+    @property
+    def idle_settings(self) -> tuple[str, ...]:
+        """Those of `own_settings` that this checkpoint has no use for."""
+        return ()
+
     def open_text(self, place: Place, shrink: Shrink | None = None) -> Any:
         """The stock pipeline with its text encoders and tokenizers only, on `place`.
 
@@ -97,7 +107,9 @@ class Family(ABC):
             shrink: Given each encoder, frozen and still on the CPU.
         """
         pipe = self.checkpoint.open_pipeline(
-            self.pipeline, without=(self.denoiser, "vae"), dtype=place.dtype
+            self.pipeline,
+            options={self.denoiser: None, "vae": None, **self.pipeline_options},
+            dtype=place.dtype,
         )
         for part in self.text_parts:
             module = pipe.components.get(part)
@@ -129,8 +141,8 @@ class Family(ABC):
         import diffusers
 
         cls = getattr(diffusers, self.pipeline)
-        absent: dict[str, None] = dict.fromkeys(self.text_parts)
-        return cls(**absent, **{self.denoiser: denoiser}, vae=vae, scheduler=self.scheduler())
+        options = {**dict.fromkeys(self.text_parts), **self.pipeline_options}
+        return cls(**options, **{self.denoiser: denoiser}, vae=vae, scheduler=self.scheduler())
 
     def scheduler(self) -> Any:
         """A fresh scheduler of the checkpoint's own kind, for what the denoiser really predicts."""
@@ -187,6 +199,11 @@ class Family(ABC):
         """What the stock pipeline is told beside a prompt, to encode it as we do."""
         return MappingProxyType({})
 
+    @property
+    def encoder_arguments(self) -> Mapping[str, Any]:
+        """What the stock pipeline's ``encode_prompt`` is told beside captions and device."""
+        return {"do_classifier_free_guidance": False, **self.prompt_arguments}
+
     def encode_text(self, pipe: Any, captions: Sequence[str]) -> list[Embeds]:
         """One mapping per caption, tensors without the batch dimension, in the encoder's dtype."""
         import torch
@@ -196,8 +213,7 @@ class Family(ABC):
                 list(captions),
                 device=pipe.device,
                 num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-                **self.prompt_arguments,
+                **self.encoder_arguments,
             )
         named = zip(self.text_outputs, outputs, strict=True)
         kept = {name: output for name, output in named if name is not None}
@@ -256,6 +272,20 @@ class Family(ABC):
 
     # --- the denoiser --------------------------------------------------------------------------
 
+    @property
+    def step_options(self) -> Mapping[str, Any]:
+        """Those of the options that shape a step and may be others after a resume."""
+        return MappingProxyType({})
+
+    def drawn(self, samples: Sequence[Sample], epoch: int, seeds: Seeds) -> dict[str, Tensor]:
+        """What else is drawn for each of B samples, for ``batch.controls``; nothing for most.
+
+        Returns:
+            By the denoiser's own argument names, [B, …] fp32 on the CPU; a function of (seed,
+            epoch, sample, occurrence) alone.
+        """
+        return {}
+
     @abstractmethod
     def predict(
         self,
@@ -284,6 +314,10 @@ class Family(ABC):
         """Arguments of the stock pipeline's ``__call__``; sizes in px."""
         negatives = {f"negative_{name}": value for name, value in negative.items()}
         return {**embeds, **negatives, "width": width, "height": height}
+
+    def sampled_latents(self, output: Tensor, width: int, height: int) -> Tensor:
+        """What the stock pipeline gives as latents, as [B, C, *S]; sizes in px."""
+        return output
 
 
 def _normalisation(vae: Any, like: Tensor) -> tuple[Any, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 _WEIGHTS = (".safetensors",)
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_OTHER_USES = "(Img2Img|Inpaint|ControlNet)*"
+"""In a pipeline's name: the same model, used for something else."""
 _HOLDS = MappingProxyType(
     {
         "denoiser": ("model.diffusion_model.",),
@@ -38,7 +42,7 @@ def open_family(settings: ModelSettings, *, digests: Path | None = None) -> Fami
 
     Raises:
         ModelError: Not found, gated, offline, or of another layout; each says so.
-        ConfigError: A flavour the family does not have.
+        ConfigError: A flavour the family does not have, or an option the checkpoint cannot follow.
     """
     cls: type[Family] = FAMILIES[settings.model_family].load()  # type: ignore[assignment]
     flavour = settings.model_flavour or next(iter(cls.flavours))
@@ -47,14 +51,16 @@ def open_family(settings: ModelSettings, *, digests: Path | None = None) -> Fami
             f"{cls.name} has no flavour {flavour!r}; it has {', '.join(cls.flavours)}"
         )
     name = settings.pretrained_model_name_or_path or cls.flavours[flavour].repo
-    checkpoint = _resolve(name, cls.flavours[flavour].repo, settings, digests)
+    checkpoint = _resolve(name, cls, cls.flavours[flavour].repo, settings, digests)
     _check_class(checkpoint, cls)
     _check_weights(checkpoint)
-    return cls(checkpoint, settings.model_dump())
+    family = cls(checkpoint, settings.model_dump())
+    _check_options(family, settings)
+    return family
 
 
 def _resolve(
-    name: str, flavour_repo: str, settings: ModelSettings, digests: Path | None
+    name: str, cls: type[Family], flavour_repo: str, settings: ModelSettings, digests: Path | None
 ) -> Checkpoint:
     embedded = embedded_folder(name)
     path = embedded or Path(name).expanduser()
@@ -82,7 +88,7 @@ def _resolve(
             f"pretrained_model_name_or_path: {name} does not exist on this machine",
             fix="correct the path, or name a model of the hub as owner/name",
         )
-    folder = fetch(name, settings.revision, settings.variant)
+    folder = fetch(name, settings.revision, settings.variant, cls.pipeline_options)
     return Checkpoint(name, folder, revision=settings.revision, **rest)  # type: ignore[arg-type]
 
 
@@ -173,8 +179,16 @@ def _vae_folder(name: str) -> Path:
     )
 
 
-def fetch(repo: str, revision: str | None, variant: str | None) -> Path:
+def fetch(
+    repo: str,
+    revision: str | None,
+    variant: str | None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
     """The snapshot folder of a hub model, downloading what its pipeline needs and no more.
+
+    Args:
+        options: What the pipeline's constructor is told; parts that are None are not needed.
 
     HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are huggingface_hub's and mean what they mean
     there.
@@ -189,7 +203,7 @@ def fetch(repo: str, revision: str | None, variant: str | None) -> Path:
         _ask_hub(
             repo,
             revision,
-            lambda: DiffusionPipeline.download(repo, revision=revision, variant=variant),
+            lambda: DiffusionPipeline.download(repo, revision=revision, variant=variant, **options),
         )
     )
 
@@ -236,10 +250,19 @@ def _ask_hub(repo: str, revision: str | None, call: Any) -> str:
         raise ModelError(f"{repo} cannot be fetched from {endpoint}: {error}") from error
 
 
+def _check_options(family: Family, settings: ModelSettings) -> None:
+    for key in family.idle_settings:
+        if dict(settings)[key] != type(settings).model_fields[key].default:
+            raise ConfigError(
+                f"{key}: {family.checkpoint.label} has no use for it, so it changes nothing",
+                fix="remove it, or name another checkpoint",
+            )
+
+
 def _check_class(checkpoint: Checkpoint, cls: type[Family]) -> None:
     found = str(checkpoint.index.get("_class_name", ""))
     wanted = cls.pipeline.removesuffix("Pipeline")
-    if not found.startswith(wanted):
+    if not re.fullmatch(rf"{wanted}{_OTHER_USES}Pipeline", found):
         raise ModelError(
             f"{checkpoint.label} is a {found}, not a model of the family {cls.name}",
             fix="set model_family to the checkpoint's family, or name another checkpoint",

@@ -45,7 +45,7 @@ class ModelSettings(Section):
 
     tokenizer_max_length: int | None = setting(None, ge=1, le=1024, unit="tokens")
     """Longest prompt that text encoders with a variable length see; without it, the family's own
-    (154 for sd3). Larger keeps more of a long caption and makes its cache larger."""
+    (154 for sd3, 512 for flux). Larger keeps more of a long caption and makes its cache larger."""
 
     pretrained_transformer_model_name_or_path: str | None = setting(None, pending=True)
     """A hub id or folder to take the transformer from instead of the base model's."""
@@ -73,19 +73,19 @@ class ModelSettings(Section):
     """What these become for SD3's T5: the encoded empty text, or zeros; without it, the same as
     sd3_clip_uncond_behaviour."""
 
-    flux_guidance_mode: Literal["constant", "random-range"] = setting("constant", pending=True)
+    flux_guidance_mode: Literal["constant", "random-range"] = setting("constant")
     """Whether FLUX trains with one guidance value or with one drawn for each sample."""
 
-    flux_guidance_value: float = setting(1.0, pending=True, ge=0)
+    flux_guidance_value: float = setting(1.0, ge=0)
     """The guidance value FLUX trains with; 1 suits most data."""
 
-    flux_guidance_min: float = setting(0.0, pending=True, ge=0)
+    flux_guidance_min: float = setting(0.0, ge=0)
     """The smallest guidance value under random-range."""
 
-    flux_guidance_max: float = setting(4.0, pending=True, ge=0)
+    flux_guidance_max: float = setting(4.0, ge=0)
     """The largest guidance value under random-range."""
 
-    flux_attention_masked_training: bool = setting(False, pending=True)
+    flux_attention_masked_training: bool = setting(False)
     """Keep FLUX from attending to the positions behind a caption's end."""
 
     flux_fast_schedule: bool = setting(False, pending=True)

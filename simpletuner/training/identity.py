@@ -131,6 +131,7 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
         "use_ema": config.adapter.use_ema,
         "mixed_precision": precision.mixed_precision,
         "base_model_precision": precision.base_model_precision,
+        **family.step_options,
     }
     if config.adapter.use_ema:
         names = ("ema_decay", "ema_update_interval", "ema_warmup_steps")

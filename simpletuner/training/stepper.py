@@ -163,7 +163,10 @@ class Stepper:
         u = quantiles(self.seeds, step, planned.window_samples)[list(planned.positions)]
         shape = tuple(batch.latents.shape[1:])
         drawn = self.noises.draw(batch.samples, planned.epoch, shape, step)
+        told = self.family.drawn(batch.samples, planned.epoch, self.seeds)
+        controls = {name: to_device(value, self.place.device) for name, value in told.items()}
         batch = batch.to(self.place)
+        batch = replace(batch, controls={**batch.controls, **controls})
         noise, perturbed = (
             None if each is None else to_device(each, self.place.device) for each in drawn
         )

@@ -59,13 +59,14 @@ class Sampler:
             self._move(embeds), self._move(negative), shot.width, shot.height
         )
         with torch.no_grad(), self._autocast():
-            latents = self._pipe(
+            output = self._pipe(
                 **arguments,
                 guidance_scale=shot.guidance,
                 num_inference_steps=shot.num_inference_steps,
                 generator=torch.Generator("cpu").manual_seed(shot.seed),
                 output_type="latent",
             ).images
+        latents = self._family.sampled_latents(output, shot.width, shot.height)
         # outside autocast, which would decode in the model's dtype whatever the VAE's is
         pixels = self._family.decode_latents(self._pipe.vae, latents)
         image: Image = self._pipe.image_processor.postprocess(pixels, output_type="pil")[0]
@@ -73,7 +74,9 @@ class Sampler:
 
     def _move(self, embeds: Embeds) -> dict[str, Tensor]:
         return {
-            name: value.to(self._place.device, self._place.dtype)
+            name: value.to(
+                self._place.device, self._place.dtype if value.is_floating_point() else None
+            )
             for name, value in embeds.items()
             if not isinstance(value, tuple)
         }

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from simpletuner.adapters.method import method_of
+from simpletuner.adapters.ema import Ema
+from simpletuner.adapters.method import attach
 from simpletuner.adapters.settings import AdapterSettings
 from simpletuner.adapters.weights import Weights
 from simpletuner.core.seeds import Seeds
@@ -25,6 +26,7 @@ from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.optim.settings import OptimizerSettings
 from simpletuner.training.stepper import Stepper
+from tests.unit.training.builds import SHAPES
 
 SIZE = (64, 64)
 
@@ -41,6 +43,11 @@ LOADED = {
 }
 """Everything that shapes noise and loss, at once."""
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "flux": {"flux_guidance_mode": "random-range", "flux_attention_masked_training": True}
+}
+"""What more a family can be told of a step."""
+
 BUILT = [
     name
     for name, row in OPTIMIZERS.items()
@@ -52,6 +59,8 @@ BUILT = [
 @pytest.mark.parametrize(
     ("family", "folder", "optimizer", "diffusion"),
     [
+        ("flux", "tiny_flux", BUILT[0], {}),
+        ("sd1x", "tiny_sd1x", BUILT[0], LOADED),
         *(("sdxl", "tiny_sdxl", optimizer, {}) for optimizer in BUILT),
         ("sdxl", "tiny_sdxl_v", BUILT[0], {}),
         ("sd3", "tiny_sd3", BUILT[0], {}),
@@ -76,6 +85,31 @@ def test_an_optimizer_step_touches_no_cpu_tensor_and_waits_for_nothing(
     assert all(p.grad is not None for p in stepper.weights.trainable.parameters().values())
 
 
+LOKR = {"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1.0, "factor": 4}
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{}, {"model_type": "full"}, {"lora_type": "lycoris", "lycoris_config": LOKR}],
+    ids=["lora", "full", "lokr"],
+)
+@pytest.mark.parametrize("family", ["flux", "sd1x", "sd3", "sdxl"])
+def test_every_method_in_every_family_with_an_average_waits_for_nothing(
+    family: str, adapter: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"tiny_{family}")
+    settings = {**adapter, "use_ema": True, "ema_device": "accelerator"}
+    stepper = stepper_on_meta(family, folder, "adamw_bf16", {}, **settings)
+
+    outcome = stepper.step(0, [micro_batch(family, first=0), micro_batch(family, first=2)])
+
+    assert outcome.loss.device.type == outcome.grad_norm.device.type == "meta"
+    parameters = stepper.weights.trainable.parameters()
+    assert all(p.grad is not None for p in parameters.values())
+    assert stepper.weights.ema is not None
+    assert stepper.weights.ema.shadow.keys() == parameters.keys()
+
+
 def test_the_meta_device_refuses_what_the_rule_forbids() -> None:
     on_meta = torch.ones(2, device="meta")
 
@@ -85,17 +119,23 @@ def test_the_meta_device_refuses_what_the_rule_forbids() -> None:
         on_meta.sum().item()
 
 
-def stepper_on_meta(name: str, folder: Path, optimizer: str, diffusion: dict[str, Any]) -> Stepper:
+def stepper_on_meta(
+    name: str, folder: Path, optimizer: str, diffusion: dict[str, Any], **adapter: Any
+) -> Stepper:
     seeds, place = Seeds(0), Place(torch.device("meta"), torch.float32)
-    settings = ModelSettings(model_family=name, pretrained_model_name_or_path=str(folder))
+    settings = ModelSettings(
+        model_family=name, pretrained_model_name_or_path=str(folder), **OPTIONS.get(name, {})
+    )
     family = open_family(settings)
     denoiser = family.open_denoiser(Place(torch.device("cpu"), torch.float32)).to("meta")
-    trainable = method_of("lora", "standard").load()(denoiser, family, AdapterSettings())
+    chosen = AdapterSettings(**adapter)
+    trainable = attach(denoiser, family, chosen)
+    average = Ema.of(trainable.parameters(), chosen)
     optimizing = OptimizerSettings(optimizer=optimizer)
     return Stepper.of(
         place,
         family,
-        Weights(trainable, build_optimizer(optimizing, trainable.groups(), seeds)),
+        Weights(trainable, build_optimizer(optimizing, trainable.groups(), seeds), average),
         DiffusionSettings(**diffusion),
         optimizing,
         10,
@@ -121,9 +161,10 @@ def micro_batch(
         window_samples=4,
         epoch=0,
     )
-    channels, tokens, pooled = {"sdxl": (4, 77, 32), "sd3": (16, 77 + 154, 64)}[name]
+    shapes = dict(SHAPES[name])
+    latents = torch.zeros(2, shapes.pop("latents"), 8, 8)
     embeds = {
-        "prompt_embeds": torch.zeros(2, tokens, 64),
-        "pooled_prompt_embeds": torch.zeros(2, pooled),
+        text: torch.ones(2, *shape, dtype=torch.bool if text.endswith("_mask") else None)
+        for text, shape in shapes.items()
     }
-    return planned, Batch(torch.zeros(2, channels, 8, 8), embeds, samples, mask)
+    return planned, Batch(latents, embeds, samples, mask)

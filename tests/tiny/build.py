@@ -10,17 +10,23 @@ are wrong for most others. Two builds with one seed are equal byte for byte.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -52,6 +58,100 @@ def build_sdxl(
 def build_sd3(folder: Path, *, seed: int = 0) -> Path:
     """Write a tiny SD3 (three text encoders, qk norm, dual attention in one block) to `folder`."""
     return _write(folder, seed, _sd3)
+
+
+def build_sd1x(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """Write a tiny Stable Diffusion 1 to `folder`.
+
+    Args:
+        prediction_type: What its scheduler's config says: ``epsilon`` or ``v_prediction``.
+        seed: Of the random weights.
+    """
+    return _write(folder, seed, lambda: _sd1x(prediction_type))
+
+
+def build_flux(folder: Path, *, guided: bool = True, seed: int = 0) -> Path:
+    """Write a tiny FLUX.1 to `folder`.
+
+    Args:
+        guided: Its transformer is told a guidance strength, as dev is and schnell is not.
+        seed: Of the random weights.
+    """
+    return _write(folder, seed, lambda: _flux(guided))
+
+
+BUILDERS: Mapping[str, Callable[[Path], Path]] = MappingProxyType(
+    {"flux": build_flux, "sd1x": build_sd1x, "sd3": build_sd3, "sdxl": build_sdxl}
+)
+"""A builder for each model family, by its name."""
+
+
+def _sd1x(prediction_type: str) -> DiffusionPipeline:
+    tokenizer = clip_tokenizer()
+    return StableDiffusionPipeline(
+        unet=UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=2,
+            cross_attention_dim=32,
+        ),
+        vae=_vae(latent_channels=4, scaling_factor=0.18215),
+        text_encoder=CLIPTextModel(_clip(tokenizer, act="quick_gelu")),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type=prediction_type,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _flux(guided: bool) -> DiffusionPipeline:
+    first, second = clip_tokenizer(), t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=guided,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        vae=_vae(
+            latent_channels=16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=CLIPTextModel(_clip(first, act="quick_gelu")),
+        tokenizer=first,
+        text_encoder_2=T5EncoderModel(_t5(second, width=32)),
+        tokenizer_2=second,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0,
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
+        ),
+    )
 
 
 def _sdxl(prediction_type: str, refiner: bool) -> DiffusionPipeline:
@@ -119,17 +219,6 @@ def _sd3() -> DiffusionPipeline:
         qk_norm="rms_norm",
         dual_attention_layers=(0,),
     )
-    t5 = T5Config(
-        vocab_size=len(third),
-        d_model=64,
-        d_kv=16,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        tie_word_embeddings=False,
-    )
     return StableDiffusion3Pipeline(
         transformer=transformer,
         vae=_vae(
@@ -143,7 +232,7 @@ def _sd3() -> DiffusionPipeline:
         tokenizer=first,
         text_encoder_2=CLIPTextModelWithProjection(_clip(second)),
         tokenizer_2=second,
-        text_encoder_3=T5EncoderModel(t5),
+        text_encoder_3=T5EncoderModel(_t5(third, width=64)),
         tokenizer_3=third,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
@@ -177,6 +266,20 @@ def _clip(tokenizer: Any, *, act: str = "gelu") -> CLIPTextConfig:
     )
 
 
+def _t5(tokenizer: Any, *, width: int) -> T5Config:
+    return T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        tie_word_embeddings=False,
+    )
+
+
 def _write(folder: Path, seed: int, make: Any) -> Path:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
@@ -199,4 +302,4 @@ def _fill_zeros(pipe: DiffusionPipeline) -> None:
 
 if __name__ == "__main__":
     _, family, target = sys.argv
-    {"sdxl": build_sdxl, "sd3": build_sd3}[family](Path(target))
+    BUILDERS[family](Path(target))

@@ -1,4 +1,4 @@
-"""A tiny SDXL folder as ONE file in the layout of the original release, as model sites offer it.
+"""A tiny SDXL or SD 1 folder as ONE file in the original layout, as model sites offer it.
 
 The way back from what ``diffusers.loaders.single_file_utils`` does. Only names differ, but for
 three things: the VAE's attention is made of 1x1 convolutions; the second text encoder has query,
@@ -96,16 +96,23 @@ def configs_of(folder: Path, target: Path) -> Path:
 
 
 def write_single_file(folder: Path, path: Path) -> Path:
-    """Write the SDXL in `folder` to `path` in original layout."""
+    """Write the SDXL or SD 1 in `folder` to `path` in original layout."""
     parts = {p.parent.name: load_file(p) for p in sorted(folder.glob("*/*.safetensors"))}
     whole = _under("model.diffusion_model", _unet(parts["unet"]))
     whole |= _under("first_stage_model", _vae(parts["vae"]))
+    if "text_encoder_2" not in parts:
+        whole |= _under("cond_stage_model.transformer", _clip(parts["text_encoder"]))
+        return _saved(whole, path)
     embedder = 0
     if "text_encoder" in parts:  # a refiner has the second alone
         whole |= _under("conditioner.embedders.0.transformer", _clip(parts["text_encoder"]))
         embedder = 1
     whole |= _under(f"conditioner.embedders.{embedder}.model", _open_clip(parts["text_encoder_2"]))
-    save_file({name: value.contiguous() for name, value in whole.items()}, path)
+    return _saved(whole, path)
+
+
+def _saved(weights: Weights, path: Path) -> Path:
+    save_file({name: value.contiguous() for name, value in weights.items()}, path)
     return path
 
 

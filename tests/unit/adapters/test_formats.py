@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import (
+    convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
@@ -48,6 +54,24 @@ def sdxl_unet() -> UNet2DConditionModel:
         projection_class_embeddings_input_dim=80,
         cross_attention_dim=32,
     )
+
+
+def sd1_unet() -> UNet2DConditionModel:
+    """The shape of SD 1's, narrow."""
+    torch.manual_seed(0)
+    attends, plain = "CrossAttnDownBlock2D", "DownBlock2D"
+    return UNet2DConditionModel(
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        down_block_types=(attends, attends, attends, plain),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        attention_head_dim=4,
+        cross_attention_dim=32,
+    )
+
+
+UNETS = {"sdxl": sdxl_unet, "sd1x": sd1_unet}
 
 
 def sd3_transformer(folder: Path) -> SD3Transformer2DModel:
@@ -115,10 +139,13 @@ def merged_here(model: nn.Module, changes: Mapping[str, Change]) -> Weights:
 
 
 @pytest.mark.parametrize("layout", ["kohya", "comfyui"])
-def test_merged_into_the_original_sdxl_it_is_the_same_model(layout: str, tmp_path: Path) -> None:
-    unet = sdxl_unet()
+@pytest.mark.parametrize("family", UNETS)
+def test_merged_into_the_original_unet_it_is_the_same_model(
+    family: str, layout: str, tmp_path: Path
+) -> None:
+    unet = UNETS[family]()
     changes = lora_for(unet, (4,), 0.5, ("",))
-    write_changes(tmp_path / "lora.safetensors", changes, layout, family_of("sdxl"), {})
+    write_changes(tmp_path / "lora.safetensors", changes, layout, family_of(family), {})
 
     flat, begin = layout == "kohya", {"kohya": "lora_unet_", "comfyui": "diffusion_model."}[layout]
     original = original_unet(dict(unet.state_dict()))
@@ -180,6 +207,95 @@ def test_merged_into_the_original_sd3_it_is_the_same_model(
     assert all(torch.allclose(ours[name], wanted[name], atol=1e-5) for name in wanted)
 
 
+def original_flux(model: nn.Module) -> Weights:
+    """The weights by Black Forest Labs' names: the table that is tested, and the norms."""
+    names, whole = family_of("flux").original, {}
+    joined: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in model.state_dict().items():
+        module, _, kind = key.rpartition(".")
+        if ".attn.norm_" in module:
+            block, norm = module.split(".attn.norm_")
+            single = block.startswith("single")
+            whose = "" if single else "txt_attn." if "added" in norm else "img_attn."
+            there = block.replace("single_transformer", "single").replace("transformer", "double")
+            which = {"q": "query", "k": "key"}[norm[-1]]
+            whole[f"{there}.{whose}norm.{which}_norm.scale"] = tensor
+            continue
+        place = names.place(module)
+        assert place is not None, module
+        halves = tensor.chunk(2)
+        value = torch.cat((halves[1], halves[0])) if place.swapped else tensor
+        joined.setdefault(f"{place.module}.{kind}", {})[place.part] = value
+    for name, parts in joined.items():
+        whole[name] = torch.cat([parts[part] for part in sorted(parts)])
+    return whole
+
+
+def converted_flux(whole: Weights, width: int) -> Weights:
+    """By diffusers, which knows single blocks of width 3072 alone: theirs are padded and cut."""
+    wide = dict(whole)
+    for name, tensor in whole.items():
+        if ".linear1." in name:
+            parts = tensor.split((width, width, width, 4 * width))
+            padded = [
+                torch.cat((part, part.new_zeros((size - len(part), *part.shape[1:]))))
+                for part, size in zip(parts, (3072, 3072, 3072, 4 * 3072), strict=True)
+            ]
+            wide[name] = torch.cat(padded)
+    found = convert_flux_transformer_checkpoint_to_diffusers(wide)
+    return {
+        name: tensor[: 4 * width if "proj_mlp" in name else width]
+        if "single" in name and ("proj_mlp" in name or ".to_" in name)
+        else tensor
+        for name, tensor in found.items()
+    }
+
+
+def flux_transformer(folder: Path) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+
+
+@pytest.mark.parametrize("layout", ["kohya", "comfyui"])
+@pytest.mark.parametrize("ends", [("",), ("to_v", "proj_mlp", "add_k_proj", "norm_out.linear")])
+def test_merged_into_the_original_flux_it_is_the_same_model(
+    layout: str, ends: tuple[str, ...], tiny_flux: Path, tmp_path: Path
+) -> None:
+    model = flux_transformer(tiny_flux)
+    changes = lora_for(model, (4, 2, 8), 0.5, ends)
+    write_changes(tmp_path / "lora.safetensors", changes, layout, family_of("flux"), {})
+
+    flat, begin = layout == "kohya", {"kohya": "lora_unet_", "comfyui": "diffusion_model."}[layout]
+    original = original_flux(model)
+    assert {"double_blocks.1.img_attn.qkv.weight", "single_blocks.1.linear1.bias"} <= set(original)
+    whole = applied(original, tmp_path / "lora.safetensors", begin, flat)
+    ours = converted_flux(whole, 32)
+
+    wanted = merged_here(model, changes)
+    assert set(ours) == set(wanted)
+    assert all(torch.allclose(ours[name], wanted[name], atol=1e-5) for name in wanted)
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 2.0])
+def test_the_stock_flux_pipeline_reads_the_kohya_layout(
+    scale: float, tiny_flux: Path, tmp_path: Path
+) -> None:
+    # its reader takes single blocks for 3072 wide, so a narrow model has double blocks alone
+    model = flux_transformer(tiny_flux)
+    named = lora_for(model, (4,), scale, ("to_q", "to_k", "to_v", "add_q_proj", "ff.net.2"))
+    changes = {name: c for name, c in named.items() if not name.startswith("single")}
+    file = tmp_path / "lora.safetensors"
+    write_changes(file, changes, "kohya", family_of("flux"), {})
+    wanted = merged_here(model, changes)
+
+    pipe = FluxPipeline.from_pretrained(tiny_flux)
+    pipe.load_lora_weights(file)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    found = pipe.transformer.state_dict()
+    for name in changes:
+        assert torch.allclose(found[f"{name}.weight"], wanted[f"{name}.weight"], atol=1e-5), name
+
+
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 @pytest.mark.parametrize("scale", [0.25, 0.5, 1.0, 2.0])
 def test_a_round_through_every_layout_keeps_the_change(
@@ -214,6 +330,22 @@ def test_the_stock_loader_reads_the_diffusers_layout_with_mixed_ranks(
     found = model.state_dict()
     for name in changes:
         assert torch.allclose(found[f"{name}.weight"], wanted[f"{name}.weight"], atol=1e-5), name
+
+
+def test_a_strength_that_all_parts_of_a_matrix_have_stays_in_alpha(
+    tiny_sd3: Path, tmp_path: Path
+) -> None:
+    model, family = sd3_transformer(tiny_sd3), family_of("sd3")
+    for ranks, scales in (((4,), {2.0}), ((4, 2), {2.0})):
+        changes = lora_for(model, ranks, 2.0, ("attn.to_q", "attn.to_k", "attn.to_v"))
+        write_changes(tmp_path / "lora.safetensors", changes, "kohya", family, {})
+        found = read_changes(tmp_path / "lora.safetensors", family)
+        assert_same(found, changes)
+        assert {change.alpha / change.rank for change in found.values()} == scales
+    name = next(iter(changes))
+    mixed = {**changes, name: Change(changes[name].down, changes[name].up, 1.0)}
+    write_changes(tmp_path / "lora.safetensors", mixed, "kohya", family, {})
+    assert_same(read_changes(tmp_path / "lora.safetensors", family), mixed)
 
 
 @pytest.mark.parametrize("layout", ["kohya", "comfyui"])

@@ -17,7 +17,6 @@ from simpletuner.config.find import examples_folder
 from tests.runs import make_pictures
 
 PAGES = sorted((Path(__file__).parents[3] / "documentation/quickstart").glob("*.md"))
-SD3 = {page.stem: page for page in PAGES}["SD3"]
 ASSIGNMENT = re.compile(r"\w+=")
 OWN = {"data_backend_config", "output_dir", "validation_prompt", "id", "instance_data_dir"}
 """Where a page may differ from the shipped example: what belongs to the user, and its place."""
@@ -89,9 +88,10 @@ def test_every_python_block_parses(page: Path) -> None:
         compile(block, page.name, "exec")
 
 
-def test_the_sd3_page_prints_the_values_of_the_shipped_example() -> None:
-    folder = examples_folder() / "sd3-lora"
-    (config,), (datasets,) = json_blocks(SD3)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_prints_the_values_of_the_shipped_example(page: Path) -> None:
+    folder = examples_folder() / f"{page.stem.lower()}-lora"
+    (config,), (datasets,) = json_blocks(page)
     shipped = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     entries = json.loads((folder / "multidatabackend.json").read_text(encoding="utf-8"))
 

@@ -182,8 +182,44 @@ def test_what_another_family_reads_is_not_swallowed_unless_it_changes_nothing(
     place: Workplace,
 ) -> None:
     place.config(t5_padding="zero", sd3_clip_uncond_behaviour="empty_string")
-    assert place.messages() == ["t5_padding: sdxl has no use for it, sd3 has; remove it"]
+    assert place.messages() == ["t5_padding: sdxl has no use for it, flux and sd3 have; remove it"]
+    place.config(flux_attention_masked_training=True, flux_lora_target="context")
+    assert place.messages() == [
+        "flux_attention_masked_training: sdxl has no use for it, flux has; remove it",
+        "flux_lora_target: sdxl has no use for it, flux has; remove it",
+    ]
     place.config(model_family="sd3", t5_padding="zero", data_aesthetic_score=7)
+    assert place.messages() == []
+
+
+def test_a_guidance_that_is_never_told_is_found(place: Workplace) -> None:
+    place.config(model_family="flux", flux_guidance_min=1, flux_guidance_max=3)
+    assert place.messages() == [
+        f"{key}: changes nothing without flux_guidance_mode random-range; set that, or remove this"
+        for key in ("flux_guidance_min", "flux_guidance_max")
+    ]
+    random = {"model_family": "flux", "flux_guidance_mode": "random-range"}
+    place.config(**random, flux_guidance_value=3.5)
+    assert place.messages() == [
+        "flux_guidance_value: changes nothing without flux_guidance_mode constant; set that, or "
+        "remove this"
+    ]
+    place.config(**random, flux_guidance_min=4)
+    assert place.messages() == [
+        "flux_guidance_min: must be below flux_guidance_max; swap or correct them"
+    ]
+    place.config(**random, flux_guidance_min=1, flux_guidance_max=3)
+    assert place.messages() == []
+
+
+def test_the_modules_of_a_lora_are_named_once(place: Workplace) -> None:
+    named = {"model_family": "flux", "peft_lora_target_modules": ["to_q"]}
+    place.config(**named, flux_lora_target="context")
+    assert place.messages() == [
+        "flux_lora_target: peft_lora_target_modules names the modules, so this changes nothing; "
+        "remove one of the two"
+    ]
+    place.config(**named)
     assert place.messages() == []
 
 

@@ -99,9 +99,9 @@ def test_a_truncated_part_is_an_error_that_names_it(
     (weights,) = (folder / part).glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
     checkpoint = opened(folder).checkpoint
-    others = [name for name in ("unet", "vae", "text_encoder") if name != part]
+    others = {name: None for name in ("unet", "vae", "text_encoder") if name != part}
     with pytest.raises(ModelError, match=r"x: cannot open its StableDiffusionXLPipeline"):
-        checkpoint.open_pipeline("StableDiffusionXLPipeline", without=others, dtype=torch.float32)
+        checkpoint.open_pipeline("StableDiffusionXLPipeline", options=others, dtype=torch.float32)
 
 
 def test_a_memory_that_is_full_while_opening_is_no_fault_of_the_checkpoint(

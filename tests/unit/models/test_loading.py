@@ -21,7 +21,8 @@ from simpletuner.core.errors import SimpleTunerError
 from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
 try:
-    family = open_family(ModelSettings(model_family="sdxl", **eval_free(sys.argv[1])))
+    settings = {"model_family": "sdxl", **eval_free(sys.argv[1])}
+    family = open_family(ModelSettings(**settings))
     found = sorted(p.name for p in family.checkpoint.folder.iterdir())
     print("opened", family.checkpoint.label, found)
 except SimpleTunerError as error:
@@ -29,7 +30,7 @@ except SimpleTunerError as error:
 """.replace("eval_free(sys.argv[1])", "__import__('json').loads(sys.argv[1])")
 
 
-def _in_fresh_process(tmp_path: Path, endpoint: str, settings: str, **more: str) -> str:
+def in_fresh_process(tmp_path: Path, endpoint: str, settings: str, **more: str) -> str:
     environ = {
         **os.environ,
         "HF_ENDPOINT": endpoint,
@@ -54,8 +55,8 @@ def test_a_hub_id_is_fetched_once_and_then_works_offline(tiny_sdxl: Path, tmp_pa
     shutil.copytree(tiny_sdxl, tmp_path / "hub" / "owner" / "tiny")
     settings = '{"pretrained_model_name_or_path": "owner/tiny"}'
     with mini_hub(tmp_path / "hub") as endpoint:
-        first = _in_fresh_process(tmp_path, endpoint, settings)
-    again = _in_fresh_process(tmp_path, endpoint, settings, HF_HUB_OFFLINE="1")
+        first = in_fresh_process(tmp_path, endpoint, settings)
+    again = in_fresh_process(tmp_path, endpoint, settings, HF_HUB_OFFLINE="1")
     assert first.startswith("opened owner/tiny")
     assert "unet" in first
     assert again == first
@@ -67,9 +68,9 @@ def test_gated_missing_and_unreachable_models_have_three_messages(tmp_path: Path
     with mini_hub(tmp_path / "hub", frozenset({"owner/gated"})) as endpoint:
         for name in ("owner/gated", "owner/nothing"):
             settings = f'{{"pretrained_model_name_or_path": "{name}"}}'
-            answers.append(_in_fresh_process(tmp_path, endpoint, settings))
+            answers.append(in_fresh_process(tmp_path, endpoint, settings))
     settings = '{"pretrained_model_name_or_path": "owner/gated"}'
-    answers.append(_in_fresh_process(tmp_path, endpoint, settings))
+    answers.append(in_fresh_process(tmp_path, endpoint, settings))
     gated, missing, unreachable = answers
     assert all(answer.startswith("refused 5 owner/") for answer in answers)
     assert "is gated" in gated
@@ -80,7 +81,7 @@ def test_gated_missing_and_unreachable_models_have_three_messages(tmp_path: Path
 
 def test_a_flavour_names_a_repository(tmp_path: Path) -> None:
     with mini_hub(tmp_path) as endpoint:
-        answer = _in_fresh_process(tmp_path, endpoint, '{"model_flavour": "refiner-1.0"}')
+        answer = in_fresh_process(tmp_path, endpoint, '{"model_flavour": "refiner-1.0"}')
     assert "stabilityai/stable-diffusion-xl-refiner-1.0 does not exist at" in answer
 
 
@@ -103,6 +104,24 @@ def test_a_checkpoint_of_another_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ModelError, match="is a FluxPipeline, not a model of the family sdxl"):
         open_family(_local(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("family", "pipeline"),
+    [
+        ("sd1x", "StableDiffusionXLPipeline"),
+        ("sd1x", "StableDiffusion3Pipeline"),
+        ("flux", "FluxKontextPipeline"),
+        ("flux", "Flux2Pipeline"),
+    ],
+)
+def test_a_family_whose_name_begins_alike_is_another_one(
+    family: str, pipeline: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{pipeline}"}}')
+    settings = ModelSettings(model_family=family, pretrained_model_name_or_path=str(tmp_path))
+    with pytest.raises(ModelError, match=f"is a {pipeline}, not a model of the family {family}"):
+        open_family(settings)
 
 
 def test_a_pickle_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,13 @@ CPU = Place(torch.device("cpu"), torch.float32)
 SEEDS = Seeds(7)
 SHAPES = MappingProxyType(
     {
+        "flux": {
+            "latents": 16,
+            "prompt_embeds": (512, 32),
+            "pooled_prompt_embeds": (32,),
+            "prompt_embeds_mask": (512,),
+        },
+        "sd1x": {"latents": 4, "prompt_embeds": (77, 32)},
         "sdxl": {"latents": 4, "prompt_embeds": (77, 64), "pooled_prompt_embeds": (32,)},
         "sd3": {"latents": 16, "prompt_embeds": (77 + 154, 64), "pooled_prompt_embeds": (64,)},
     }
@@ -39,10 +46,13 @@ def build_stepper(
     adapter: dict[str, Any] | None = None,
     diffusion: dict[str, Any] | None = None,
     family_name: str = "sdxl",
+    options: dict[str, Any] | None = None,
     **optimizer: Any,
 ) -> Stepper:
     """The stepper `training.run` would build, on `place`."""
-    chosen_model = ModelSettings(model_family=family_name, pretrained_model_name_or_path=str(model))
+    chosen_model = ModelSettings(
+        model_family=family_name, pretrained_model_name_or_path=str(model), **(options or {})
+    )
     family = open_family(chosen_model)
     SEEDS.reseed_torch("adapter")
     denoiser = family.open_denoiser(Place(torch.device("cpu"), base))
@@ -63,20 +73,23 @@ def make_batch(
     regularises: bool = False,
 ) -> Batch:
     """One sample per number; everything about it follows from the number."""
-    shapes = SHAPES[family_name]
-    latents, prompts, pooled = [], [], []
+    shapes = dict(SHAPES[family_name])
+    channels = shapes.pop("latents")
+    latents: list[torch.Tensor] = []
+    texts: dict[str, list[torch.Tensor]] = {name: [] for name in shapes}
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
-        size = (shapes["latents"], height // 8, width // 8)
+        size = (channels, height // 8, width // 8)
         latents.append(torch.randn(size, generator=generator))
-        prompts.append(torch.randn(shapes["prompt_embeds"], generator=generator))
-        pooled.append(torch.randn(shapes["pooled_prompt_embeds"], generator=generator))
+        for name, shape in shapes.items():
+            value = torch.randn(shape, generator=generator)
+            texts[name].append(value > 0 if name.endswith("_mask") else value)
     geometry = Geometry((width, height), (width, height), (0, 0, width, height))
     samples = tuple(
         Sample(f"{n:032x}", "set", f"{n}.png", "a", geometry, regularises=regularises)
         for n in numbers
     )
-    embeds = {"prompt_embeds": torch.stack(prompts), "pooled_prompt_embeds": torch.stack(pooled)}
+    embeds = {name: torch.stack(values) for name, values in texts.items()}
     return Batch(torch.stack(latents), embeds, samples)
 
 

@@ -39,11 +39,13 @@ Knows = Callable[..., TrainState]
 
 
 @pytest.fixture(scope="module")
-def knows(tiny_sdxl: Path, tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Knows:
+def knows(
+    tiny_sdxl: Path, tiny_sd3: Path, tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Knows:
     """From settings to what is kept of them, as a run does it, without training."""
     root = tmp_path_factory.mktemp("identity")
     pictures = make_pictures(root / "pictures")
-    models, kept = {"sdxl": tiny_sdxl, "sd3": tiny_sd3}, {}
+    models, kept = {"sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}, {}
 
     def known(
         family_name: str, *, dataset: Changes = MappingProxyType({}), **settings: Any
@@ -275,6 +277,15 @@ BF16 = MappingProxyType({"mixed_precision": "bf16"})
         ),
         ("sd3", {}, {"flow_schedule_shift": 1}, "flow_schedule_shift: was 3, now 1"),
         ("sd3", {}, {"flow_sigmoid_scale": 2}, "flow_sigmoid_scale: was 1, now 2"),
+        ("flux", {}, {"flux_guidance_value": 3.5}, "flux_guidance_value: was 1, now 3.5"),
+        (
+            "flux",
+            {},
+            {"flux_guidance_mode": "random-range"},
+            "flux_guidance_max: was unused, now 4; flux_guidance_min: was unused, now 0;"
+            " flux_guidance_mode: was constant, now random-range; flux_guidance_value: was 1,"
+            " now unused",
+        ),
         (
             "sd3",
             {},

@@ -1,0 +1,65 @@
+"""Stable Diffusion 1.x."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.models.family import Family, Flavour
+from simpletuner.models.original import unet_names
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from simpletuner.core.types import Batch, Draw
+
+
+class SD1(Family):
+    """SD 1.x: a UNet with one CLIP text encoder, ε or v by its scheduler.
+
+    A prompt is the last states of CLIP, 77 tokens (Rombach et al. 2022, arXiv 2112.10752). The
+    safety checker is not opened and not fetched: nothing here is shown to strangers.
+    """
+
+    name = "sd1x"
+    title = "Stable Diffusion 1.x"
+    architecture = "stable-diffusion-v1"
+    pipeline = "StableDiffusionPipeline"
+    pipeline_options = MappingProxyType(
+        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    )
+    flavours = MappingProxyType(
+        {
+            "dreamshaper": Flavour("Lykon/dreamshaper-8", "a model of 1.5 for paintings"),
+            "1.5": Flavour("stable-diffusion-v1-5/stable-diffusion-v1-5", "the base model"),
+            "1.4": Flavour("CompVis/stable-diffusion-v1-4", "the base model before 1.5"),
+        }
+    )
+    prediction_types = ("epsilon", "v_prediction")
+    text_parts = ("text_encoder", "tokenizer")
+    text_outputs = ("prompt_embeds", None)
+    layouts = MappingProxyType({"prompt_embeds": "stack"})
+    lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+    original = unet_names((False, True, True, True))
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        draw: Draw,
+        batch: Batch,
+        residuals: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tensor:
+        """One UNet call."""
+        text: Tensor = batch.embeds["prompt_embeds"]  # [B, L, D]
+        answer: Tensor = denoiser(
+            draw.noisy.to(text.dtype),
+            draw.timestep,
+            encoder_hidden_states=text,
+            return_dict=False,
+            **residuals,
+        )[0]
+        return answer.float()
+
+
+FAMILY = SD1
