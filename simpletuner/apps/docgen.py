@@ -91,7 +91,7 @@ def optimizers_page() -> str:
 def _optimizer_cells(row: Row) -> tuple[str, ...]:
     """A line of the table of optimizers."""
     extra = {None: "torch", "train": "torch-optimi"}.get(row.needs, f"`simpletuner[{row.needs}]`")
-    where = ", NVIDIA alone" if row.fact("on") else ""
+    where = f", on {' and '.join(row.fact('on'))}" if row.fact("on") else ""
     return (
         f"`{row.name}`",
         row.summary,

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from simpletuner.adapters.export import lora_file
-from simpletuner.adapters.lycoris_settings import LycorisConfig
-from simpletuner.config.flat import SETTINGS, problems_inside
+from simpletuner.config.flat import SETTINGS
+from simpletuner.config.learning_checks import LEARNING_CHECKS
+from simpletuner.config.proposal import Check, Proposal
 from simpletuner.config.read import SECRET, looks_secret
-from simpletuner.config.source import Given
 from simpletuner.core.errors import ConfigError, Problem, did_you_mean
-from simpletuner.core.table import Row
 from simpletuner.diffusion.losses import LOSSES
 from simpletuner.models.families import FAMILIES
-from simpletuner.optim.optimizers import OPTIMIZERS, numbers
-from simpletuner.optim.schedules import SCHEDULES
 from simpletuner.precision.quantisers import QUANTISERS, quantised_in
 from simpletuner.validation.prompts import Prompts
 from simpletuner.validation.settings import ValidationSettings
@@ -31,32 +25,6 @@ QUANTISED_PARTS = (
     "text_encoder_3_precision",
 )
 """The settings that name a row of QUANTISERS."""
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """Settings that are valid one by one.
-
-    Args:
-        values: Every setting by its key, given or default; a required one that is absent is not in.
-        given: What the user wrote, by key.
-        device: What this machine trains on: ``cuda``, ``mps`` or ``cpu``.
-    """
-
-    values: Mapping[str, Any]
-    given: Mapping[str, Given]
-    device: str = "cpu"
-
-    def says(self, key: str) -> Any:
-        """The value the user gave for `key`, None without one."""
-        return self.values.get(key) if key in self.given else None
-
-    def problem(self, key: str, message: str) -> Problem:
-        """`message` about `key`, with its line where the user gave it."""
-        return self.given[key].problem(message) if key in self.given else Problem(message, key=key)
-
-
-Check = Callable[[Proposal], Iterator[Problem]]
 
 
 def flavour_of_family(run: Proposal) -> Iterator[Problem]:
@@ -141,12 +109,8 @@ def flow_settings_agree(run: Proposal) -> Iterator[Problem]:
         ("flow_sigmoid_scale", "flow_use_beta_schedule", "draws from another distribution"),
         ("flow_use_uniform_schedule", "flow_use_beta_schedule", "draws from a distribution"),
     ):
-        if _asked(run, key) and run.values[by]:
+        if run.asks(key) and run.values[by]:
             yield run.problem(key, f"{by} {value}, so this changes nothing; remove one of the two")
-
-
-def _asked(run: Proposal, key: str) -> bool:
-    return run.says(key) not in (None, SETTINGS[key].field.default)
 
 
 def settings_that_need_another(run: Proposal) -> Iterator[Problem]:
@@ -186,7 +150,7 @@ def settings_that_need_another(run: Proposal) -> Iterator[Problem]:
         ),
     ):
         for key in keys:
-            if _asked(run, key) and not there:
+            if run.asks(key) and not there:
                 yield run.problem(key, f"changes nothing without {what}; set that, or remove this")
     for low, high, there in (
         ("timestep_bias_begin", "timestep_bias_end", part == "range"),
@@ -194,16 +158,6 @@ def settings_that_need_another(run: Proposal) -> Iterator[Problem]:
     ):
         if there and values[low] >= values[high]:
             yield run.problem(low, f"must be below {high}; swap or correct them")
-
-
-def one_choice_of_modules(run: Proposal) -> Iterator[Problem]:
-    """The modules that get an adapter are named once."""
-    if _asked(run, "flux_lora_target") and run.says("peft_lora_target_modules"):
-        yield run.problem(
-            "flux_lora_target",
-            "peft_lora_target_modules names the modules, so this changes nothing; remove one of "
-            "the two",
-        )
 
 
 def alignment_of_family(run: Proposal) -> Iterator[Problem]:
@@ -261,147 +215,6 @@ def prompt_library_exists(run: Proposal) -> Iterator[Problem]:
         yield run.problem(key, sentence)
 
 
-def first_adapter_exists(run: Proposal) -> Iterator[Problem]:
-    """The LoRA to go on from is there."""
-    path = run.says("init_lora")
-    if path and not lora_file(path).is_file():
-        yield run.problem("init_lora", f"{lora_file(path)} does not exist; correct the path")
-
-
-_OF_LORA = (
-    *("lora_dropout", "lora_format", "lora_init_type", "peft_lora_target_modules"),
-    *("use_dora", "use_rslora"),
-)
-
-
-def settings_of_method(run: Proposal) -> Iterator[Problem]:
-    """What shapes an adapter is asked where there is such; its size may stay from another run."""
-    full, lycoris = run.values["model_type"] == "full", run.values["lora_type"] == "lycoris"
-    if full:
-        for key in (*_OF_LORA, "init_lora", "lycoris_config"):
-            if _asked(run, key):
-                yield run.problem(
-                    key, "is of an adapter, and model_type full has none; remove it, or set lora"
-                )
-    elif lycoris:
-        for key in _OF_LORA:
-            if _asked(run, key):
-                yield run.problem(key, "is of a plain LoRA; remove it, or set lora_type standard")
-        yield from _lycoris_config(run)
-    elif run.says("lycoris_config") is not None:
-        yield run.problem(
-            "lycoris_config", "changes nothing without lora_type lycoris; set that, or remove this"
-        )
-
-
-def _lycoris_config(run: Proposal) -> Iterator[Problem]:
-    config, key = run.values["lycoris_config"], "lycoris_config"
-    if not isinstance(config, Mapping):
-        yield run.problem(
-            key, 'is needed by lora_type lycoris: a file, or an object such as {"algo": "lokr"}'
-        )
-    else:
-        yield from problems_inside(LycorisConfig, config, run.given[key])
-
-
-def learning_rate_uses(run: Proposal) -> Iterator[Problem]:
-    """What shapes a schedule is asked of one that has such a shape."""
-    schedule = run.values["lr_scheduler"]
-    row = SCHEDULES.get(schedule) if schedule in SCHEDULES else None
-    if row is None or row.pending:
-        return
-    for key in ("lr_end", "lr_power", "lr_num_cycles"):
-        asked = run.says(key) not in (None, SETTINGS[key].field.default)
-        if asked and key not in row.fact("takes", ()):
-            yield run.problem(key, f"lr_scheduler {schedule} has no use for it; remove it")
-
-
-def rate_falls(run: Proposal) -> Iterator[Problem]:
-    """A schedule that falls ends below where it starts."""
-    schedule, start, end = (run.values[key] for key in ("lr_scheduler", "learning_rate", "lr_end"))
-    falls = schedule in SCHEDULES and SCHEDULES[schedule].fact("falls", False)
-    if falls and end >= start:
-        key = "lr_end" if "lr_end" in run.given else "learning_rate"
-        yield run.problem(
-            key,
-            f"lr_scheduler {schedule} falls from learning_rate ({start:g}) to lr_end ({end:g}), so "
-            "lr_end must be the smaller one",
-        )
-
-
-def warmup_is_taken(run: Proposal) -> Iterator[Problem]:
-    """Warm-up steps are asked of a schedule that has some."""
-    schedule, steps = run.values["lr_scheduler"], run.says("lr_warmup_steps")
-    if steps and schedule in SCHEDULES and not SCHEDULES[schedule].fact("warmup", True):
-        yield run.problem(
-            "lr_warmup_steps",
-            f"lr_scheduler {schedule} has no warm-up; set lr_scheduler to {schedule}_with_warmup, "
-            "or remove lr_warmup_steps",
-        )
-
-
-def optimizer_takes_its_numbers(run: Proposal) -> Iterator[Problem]:
-    """The optimizer has what adam_* and optimizer_beta* set, and optimizer_config agrees."""
-    values = run.values
-    name, config = values["optimizer"], values["optimizer_config"]
-    row = OPTIMIZERS.get(name) if name in OPTIMIZERS else None
-    if row is None or row.pending or any(True for _ in options_of_row(run)):
-        return
-    betas = (values["optimizer_beta1"], values["optimizer_beta2"])
-    try:
-        numbers(
-            name,
-            betas=None if None in betas else betas,
-            weight_decay=values["adam_weight_decay"],
-            eps=values["adam_epsilon"],
-            config=config,
-        )
-    except ConfigError as error:
-        for problem in error.problems:
-            yield run.problem(problem.key, problem.message)
-
-
-def optimizer_fits(run: Proposal) -> Iterator[Problem]:
-    """What an optimizer decides itself is not asked of something else, and it runs here."""
-    values, name = run.values, run.values["optimizer"]
-    row = OPTIMIZERS.get(name) if name in OPTIMIZERS else None
-    if row is None or row.pending:
-        return
-    if row.fact("on") not in (None, run.device):
-        yield run.problem(
-            "optimizer",
-            f"{name} needs an NVIDIA GPU, and this machine trains on {run.device}; take"
-            f" {name.removesuffix('-paged')}",
-        )
-    if row.fact("no_schedule"):
-        if values["lr_scheduler"] not in ("constant", "constant_with_warmup"):
-            yield run.problem(
-                "lr_scheduler", f"{name} takes its place; set constant or constant_with_warmup"
-            )
-        if values["use_ema"]:
-            yield run.problem("use_ema", f"{name} averages the weights itself; remove it")
-    if row.fact("own_rate") and values["learning_rate"] < 0.1:
-        yield run.problem(
-            "learning_rate", f"is a factor on the rate that {name} finds; set it to 1"
-        )
-    if values["prodigy_steps"] is not None and not row.fact("own_rate"):
-        yield run.problem(
-            "prodigy_steps", "changes nothing without optimizer prodigy; set that, or remove this"
-        )
-
-
-def dora_over_quantised(run: Proposal) -> Iterator[Problem]:
-    """DoRA reads the weights it is attached to, which quanto gives out in fp32 alone."""
-    name, values = str(run.values["base_model_precision"]), run.values
-    exact = values["mixed_precision"] == "no" or values["base_model_default_dtype"] == "fp32"
-    if values["use_dora"] and name.endswith("-quanto") and not exact:
-        yield run.problem(
-            "use_dora",
-            f"cannot read weights in {name} beside bf16; take int8-torchao or nf4-bnb, or set"
-            " base_model_default_dtype to fp32",
-        )
-
-
 def weights_can_be_quantised(run: Proposal) -> Iterator[Problem]:
     """Quantised weights are frozen, and their format works on this machine."""
     mixed = run.values["mixed_precision"]
@@ -441,25 +254,6 @@ def _near(edge: int, grid: int) -> int:
     return max(round(edge / grid), 1) * grid
 
 
-def options_of_row(run: Proposal) -> Iterator[Problem]:
-    """``optimizer_config`` and its kin hold what the chosen row takes."""
-    for key, setting in SETTINGS.items():
-        table, options = setting.hint.table, f"{key}_config"
-        chosen = str(run.values.get(key))
-        if table is None or not run.says(options) or chosen not in table:
-            continue
-        row = table[chosen]
-        if row.options is not None:
-            yield from _wrong_options(run, options, row)
-        elif not row.pending:
-            yield run.problem(options, f"{chosen} has no options of its own; remove it")
-
-
-def _wrong_options(run: Proposal, key: str, row: Row) -> Iterator[Problem]:
-    assert row.options is not None
-    yield from problems_inside(row.options, run.values[key], run.given[key], row.name)
-
-
 def no_secrets(run: Proposal) -> Iterator[Problem]:
     """Access tokens do not stand in settings."""
     for given in run.given.values():
@@ -468,6 +262,7 @@ def no_secrets(run: Proposal) -> Iterator[Problem]:
 
 
 CHECKS: tuple[Check, ...] = (
+    *LEARNING_CHECKS,
     flavour_of_family,
     prediction_of_family,
     settings_of_family,
@@ -475,22 +270,12 @@ CHECKS: tuple[Check, ...] = (
     noise_of_family,
     flow_settings_agree,
     settings_that_need_another,
-    one_choice_of_modules,
     alignment_of_family,
     prompt_length_of_family,
     one_base_model,
     prompt_library_exists,
-    first_adapter_exists,
-    settings_of_method,
-    rate_falls,
-    learning_rate_uses,
-    warmup_is_taken,
     weights_can_be_quantised,
-    dora_over_quantised,
     validation_sizes_fit,
-    options_of_row,
-    optimizer_takes_its_numbers,
-    optimizer_fits,
     no_secrets,
 )
 

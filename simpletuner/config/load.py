@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from simpletuner.cache.settings import CacheSettings
-from simpletuner.config.checks import QUANTISED_PARTS, Proposal, contradictions
+from simpletuner.config.checks import QUANTISED_PARTS, contradictions
 from simpletuner.config.datasets import DatasetsFile, Surroundings, check_draws, read_datasets
 from simpletuner.config.find import Place, Selectors, examples_folder, find_settings, shipped_folder
 from simpletuner.config.flat import (
@@ -24,6 +24,7 @@ from simpletuner.config.flat import (
 )
 from simpletuner.config.json_lines import parse_json
 from simpletuner.config.places import fill, locate
+from simpletuner.config.proposal import Proposal
 from simpletuner.config.read import Reader, last_of_each, object_keys
 from simpletuner.config.root import Config
 from simpletuner.config.source import Given, Source, read_text, shown

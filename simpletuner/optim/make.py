@@ -91,14 +91,20 @@ def prodigy(
     package = require("prodigyopt", extra="optimizers", why="optimizer prodigy")
 
     class Prodigy(package.Prodigy):  # type: ignore[misc,name-defined]
-        """The package's, with an end of the search."""
+        """The package's, with an end of the search and a memory of one shape."""
 
         def step(self, closure: Any = None) -> Any:
             """One step."""
             if steps is not None and self.param_groups[0]["k"] >= steps:
                 for group in self.param_groups:
                     group["growth_rate"] = 1.0
-            return super().step(closure)
+            loss = super().step(closure)
+            for (
+                state
+            ) in self.state.values():  # of what began at 0 it keeps one 0; a resume would not
+                if state["p0"].ndim == 0:
+                    state["p0"] = torch.zeros_like(state["s"])
+            return loss
 
     with redirect_stdout(StringIO()):  # it prints that weight decay is decoupled
         optimizer: Optimizer = Prodigy(groups, **options)

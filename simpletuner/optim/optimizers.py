@@ -66,8 +66,8 @@ def _row(
     Args:
         state_bytes: What it remembers, in bytes for each fp32 weight of a large matrix.
         facts: ``cls``: the library's class. ``syncs``: a step waits for the device.
-            ``bf16_weights``: it may train weights that are held in bf16. ``on``: the only kind of
-            device it runs on. ``remembers``: numbers of a parameter group that a step changes.
+            ``bf16_weights``: it may train weights that are held in bf16. ``on``: the kinds of
+            device it runs on, where not all do. ``remembers``: numbers of a parameter group that a step changes.
             ``no_schedule``: its rate must not fall. ``own_rate``: it finds its rate itself.
     """
     known = {**numbers, "state_bytes": state_bytes, **facts}
@@ -214,7 +214,7 @@ _BUILT = (
             cls=cls,
             needs="bnb",
             state_bytes=state_bytes,
-            on="cuda" if cls.startswith("Paged") else None,
+            on=("cuda", "cpu"),
         )
         for name, cls, summary, options, numbers, state_bytes in _BNB
     ),

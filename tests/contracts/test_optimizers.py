@@ -161,7 +161,7 @@ def test_the_state_of_a_run_that_has_not_begun_loads(name: str) -> None:
 def test_it_finds_the_bottom_of_a_bowl(name: str, dtype: torch.dtype) -> None:
     groups = own_groups(name, dtype)
     optimizer = optimizer_of(name, groups, adam_weight_decay=0.0)
-    top = {"prodigy": 1.0, "muon": 0.3}.get(name, 0.05)
+    top = {"prodigy": 1.0, "muon": 0.3, "soap": 0.3}.get(name, 0.05)
     still = OPTIMIZERS[name].fact("no_schedule")
 
     for step in range(300):

@@ -79,7 +79,6 @@ def test_what_is_exported_is_the_average_of_a_schedule_free_run(
         ("adamw_schedulefree", {"use_ema": True}, "averages the weights itself"),
         ("prodigy", {}, "is a factor on the rate that prodigy finds; set it to 1"),
         ("adamw_bf16", {"prodigy_steps": 3}, "changes nothing without optimizer prodigy"),
-        ("bnb-adamw8bit-paged", {}, "needs an NVIDIA GPU"),
         ("came", {"optimizer_beta1": 0.9, "optimizer_beta2": 0.99}, "has 3 betas"),
         ("torch-sgd", {"adam_epsilon": 1e-8}, "torch-sgd has no eps"),
     ],

@@ -26,7 +26,9 @@ COVER: tuple[tuple[str, str, int, str], ...] = (
     ("adamw_bf16", "cosine_with_restarts", 1, "no"),
     ("optimi-lion", "rex", 3, "no"),
 )
-"""Every optimizer and every schedule that is built, both accumulations, both precisions."""
+"""Every schedule, both accumulations, both precisions, and the optimizers that differ most; each
+optimizer is resumed bit for bit in tests/contracts, those with a mind of their own in whole runs in
+tests/journeys/test_optimizers.py."""
 
 TOLD = ("step", "epoch", "loss", "lr", "grad_norm", "samples", "total_steps")
 
@@ -83,8 +85,8 @@ def files(run: Run, step: int) -> dict[str, bytes]:
     return found | {"weights": (run.out / "pytorch_lora_weights.safetensors").read_bytes()}
 
 
-def test_every_optimizer_and_schedule_that_is_built_is_resumed_below() -> None:
-    assert {row[0] for row in COVER} == {n for n, row in OPTIMIZERS.items() if not row.pending}
+def test_every_schedule_that_is_built_is_resumed_below() -> None:
+    assert {row[0] for row in COVER} <= {n for n, row in OPTIMIZERS.items() if not row.pending}
     assert {row[1] for row in COVER} == {n for n, row in SCHEDULES.items() if not row.pending}
     assert {row[2] for row in COVER} == {1, 3}
 

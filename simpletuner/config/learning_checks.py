@@ -1,0 +1,196 @@
+"""Contradictions in how weights are trained: the method, its adapters, the optimizer, the rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from simpletuner.adapters.export import lora_file
+from simpletuner.adapters.lycoris_settings import LycorisConfig
+from simpletuner.config.flat import SETTINGS, problems_inside
+from simpletuner.config.proposal import Check, Proposal
+from simpletuner.core.errors import ConfigError, Problem
+from simpletuner.core.table import Row
+from simpletuner.optim.optimizers import OPTIMIZERS, numbers
+from simpletuner.optim.schedules import SCHEDULES
+
+_OF_LORA = (
+    *("lora_dropout", "lora_format", "lora_init_type", "peft_lora_target_modules"),
+    *("use_dora", "use_rslora"),
+)
+
+
+def one_choice_of_modules(run: Proposal) -> Iterator[Problem]:
+    """The modules that get an adapter are named once."""
+    if run.asks("flux_lora_target") and run.says("peft_lora_target_modules"):
+        yield run.problem(
+            "flux_lora_target",
+            "peft_lora_target_modules names the modules, so this changes nothing; remove one of "
+            "the two",
+        )
+
+
+def first_adapter_exists(run: Proposal) -> Iterator[Problem]:
+    """The LoRA to go on from is there."""
+    path = run.says("init_lora")
+    if path and not lora_file(path).is_file():
+        yield run.problem("init_lora", f"{lora_file(path)} does not exist; correct the path")
+
+
+def settings_of_method(run: Proposal) -> Iterator[Problem]:
+    """What shapes an adapter is asked where there is such; its size may stay from another run."""
+    full, lycoris = run.values["model_type"] == "full", run.values["lora_type"] == "lycoris"
+    if full:
+        for key in (*_OF_LORA, "init_lora", "lycoris_config"):
+            if run.asks(key):
+                yield run.problem(
+                    key, "is of an adapter, and model_type full has none; remove it, or set lora"
+                )
+    elif lycoris:
+        for key in _OF_LORA:
+            if run.asks(key):
+                yield run.problem(key, "is of a plain LoRA; remove it, or set lora_type standard")
+        yield from _lycoris_config(run)
+    elif run.says("lycoris_config") is not None:
+        yield run.problem(
+            "lycoris_config", "changes nothing without lora_type lycoris; set that, or remove this"
+        )
+
+
+def _lycoris_config(run: Proposal) -> Iterator[Problem]:
+    config, key = run.values["lycoris_config"], "lycoris_config"
+    if not isinstance(config, Mapping):
+        yield run.problem(
+            key, 'is needed by lora_type lycoris: a file, or an object such as {"algo": "lokr"}'
+        )
+    else:
+        yield from problems_inside(LycorisConfig, config, run.given[key])
+
+
+def dora_over_quantised(run: Proposal) -> Iterator[Problem]:
+    """DoRA reads the weights it is attached to, which quanto gives out in fp32 alone."""
+    name, values = str(run.values["base_model_precision"]), run.values
+    exact = values["mixed_precision"] == "no" or values["base_model_default_dtype"] == "fp32"
+    if values["use_dora"] and name.endswith("-quanto") and not exact:
+        yield run.problem(
+            "use_dora",
+            f"cannot read weights in {name} beside bf16; take int8-torchao or nf4-bnb, or set"
+            " base_model_default_dtype to fp32",
+        )
+
+
+def learning_rate_uses(run: Proposal) -> Iterator[Problem]:
+    """What shapes a schedule is asked of one that has such a shape."""
+    schedule = run.values["lr_scheduler"]
+    row = SCHEDULES.get(schedule) if schedule in SCHEDULES else None
+    if row is None or row.pending:
+        return
+    for key in ("lr_end", "lr_power", "lr_num_cycles"):
+        asked = run.says(key) not in (None, SETTINGS[key].field.default)
+        if asked and key not in row.fact("takes", ()):
+            yield run.problem(key, f"lr_scheduler {schedule} has no use for it; remove it")
+
+
+def rate_falls(run: Proposal) -> Iterator[Problem]:
+    """A schedule that falls ends below where it starts."""
+    schedule, start, end = (run.values[key] for key in ("lr_scheduler", "learning_rate", "lr_end"))
+    falls = schedule in SCHEDULES and SCHEDULES[schedule].fact("falls", False)
+    if falls and end >= start:
+        key = "lr_end" if "lr_end" in run.given else "learning_rate"
+        yield run.problem(
+            key,
+            f"lr_scheduler {schedule} falls from learning_rate ({start:g}) to lr_end ({end:g}), so "
+            "lr_end must be the smaller one",
+        )
+
+
+def warmup_is_taken(run: Proposal) -> Iterator[Problem]:
+    """Warm-up steps are asked of a schedule that has some."""
+    schedule, steps = run.values["lr_scheduler"], run.says("lr_warmup_steps")
+    if steps and schedule in SCHEDULES and not SCHEDULES[schedule].fact("warmup", True):
+        yield run.problem(
+            "lr_warmup_steps",
+            f"lr_scheduler {schedule} has no warm-up; set lr_scheduler to {schedule}_with_warmup, "
+            "or remove lr_warmup_steps",
+        )
+
+
+def optimizer_takes_its_numbers(run: Proposal) -> Iterator[Problem]:
+    """The optimizer has what adam_* and optimizer_beta* set, and optimizer_config agrees."""
+    values = run.values
+    name, config = values["optimizer"], values["optimizer_config"]
+    row = OPTIMIZERS.get(name) if name in OPTIMIZERS else None
+    if row is None or row.pending or any(True for _ in options_of_row(run)):
+        return
+    betas = (values["optimizer_beta1"], values["optimizer_beta2"])
+    try:
+        numbers(
+            name,
+            betas=None if None in betas else betas,
+            weight_decay=values["adam_weight_decay"],
+            eps=values["adam_epsilon"],
+            config=config,
+        )
+    except ConfigError as error:
+        for problem in error.problems:
+            yield run.problem(problem.key, problem.message)
+
+
+def optimizer_fits(run: Proposal) -> Iterator[Problem]:
+    """What an optimizer decides itself is not asked of something else, and it runs here."""
+    values, name = run.values, run.values["optimizer"]
+    row = OPTIMIZERS.get(name) if name in OPTIMIZERS else None
+    if row is None or row.pending:
+        return
+    if run.device not in row.fact("on", (run.device,)):
+        yield run.problem(
+            "optimizer",
+            f"{name} does not run on {run.device}; take one of another package, such as adamw_bf16",
+        )
+    if row.fact("no_schedule"):
+        if values["lr_scheduler"] not in ("constant", "constant_with_warmup"):
+            yield run.problem(
+                "lr_scheduler", f"{name} takes its place; set constant or constant_with_warmup"
+            )
+        if values["use_ema"]:
+            yield run.problem("use_ema", f"{name} averages the weights itself; remove it")
+    if row.fact("own_rate") and values["learning_rate"] < 0.1:
+        yield run.problem(
+            "learning_rate", f"is a factor on the rate that {name} finds; set it to 1"
+        )
+    if values["prodigy_steps"] is not None and not row.fact("own_rate"):
+        yield run.problem(
+            "prodigy_steps", "changes nothing without optimizer prodigy; set that, or remove this"
+        )
+
+
+def options_of_row(run: Proposal) -> Iterator[Problem]:
+    """``optimizer_config`` and its kin hold what the chosen row takes."""
+    for key, setting in SETTINGS.items():
+        table, options = setting.hint.table, f"{key}_config"
+        chosen = str(run.values.get(key))
+        if table is None or not run.says(options) or chosen not in table:
+            continue
+        row = table[chosen]
+        if row.options is not None:
+            yield from _wrong_options(run, options, row)
+        elif not row.pending:
+            yield run.problem(options, f"{chosen} has no options of its own; remove it")
+
+
+def _wrong_options(run: Proposal, key: str, row: Row) -> Iterator[Problem]:
+    assert row.options is not None
+    yield from problems_inside(row.options, run.values[key], run.given[key], row.name)
+
+
+LEARNING_CHECKS: tuple[Check, ...] = (
+    one_choice_of_modules,
+    first_adapter_exists,
+    settings_of_method,
+    dora_over_quantised,
+    learning_rate_uses,
+    rate_falls,
+    warmup_is_taken,
+    optimizer_takes_its_numbers,
+    optimizer_fits,
+    options_of_row,
+)
