@@ -99,9 +99,8 @@ def prodigy(
                 for group in self.param_groups:
                     group["growth_rate"] = 1.0
             loss = super().step(closure)
-            for (
-                state
-            ) in self.state.values():  # of what began at 0 it keeps one 0; a resume would not
+            # Of what began at 0 it keeps a single 0, where a resumed run would keep a tensor.
+            for state in self.state.values():
                 if state["p0"].ndim == 0:
                     state["p0"] = torch.zeros_like(state["s"])
             return loss

@@ -67,8 +67,9 @@ def _row(
         state_bytes: What it remembers, in bytes for each fp32 weight of a large matrix.
         facts: ``cls``: the library's class. ``syncs``: a step waits for the device.
             ``bf16_weights``: it may train weights that are held in bf16. ``on``: the kinds of
-            device it runs on, where not all do. ``remembers``: numbers of a parameter group that a step changes.
-            ``no_schedule``: its rate must not fall. ``own_rate``: it finds its rate itself.
+            device it runs on, where not all do. ``remembers``: numbers of a parameter group that a
+            step changes. ``no_schedule``: its rate must not fall. ``own_rate``: it finds its rate
+            itself.
     """
     known = {**numbers, "state_bytes": state_bytes, **facts}
     return Row(name, f"{_MAKE}{make}", summary, needs=needs, options=options, facts=known)
