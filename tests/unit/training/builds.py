@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from simpletuner.adapters.lora import attach
+from simpletuner.adapters.method import attach
 from simpletuner.adapters.settings import AdapterSettings
 from simpletuner.adapters.weights import Weights
 from simpletuner.core.seeds import Seeds
