@@ -204,8 +204,9 @@ class Lycoris:
         largest = 0.0
         with self.disabled(), torch.no_grad(), _library_as_it_was():
             stock, _ = create_lycoris_from_weights(1.0, "", self.denoiser, weights_sd=dict(given))
-            stock.to(next(self.denoiser.parameters()).device).train(self.network.training)
-            theirs = {lora.lora_name: lora for lora in stock.loras}
+            device, training = next(self.denoiser.parameters()).device, self.network.training
+            # Until it is applied, the library's network does not hold what it has loaded.
+            theirs = {lora.lora_name: lora.to(device).train(training) for lora in stock.loras}
             wrong = sorted(ours.keys() ^ theirs.keys())
             for name in sorted(told.keys() & theirs.keys()):
                 module = ours[name].org_module[0]

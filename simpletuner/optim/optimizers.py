@@ -190,7 +190,6 @@ _BUILT = (
         cls="StableAdamW",
         needs="train",
         state_bytes=8,
-        syncs=True,
         remembers=("step",),
         bf16_weights=True,
     ),
@@ -251,7 +250,6 @@ _BUILT = (
         _numbers(1e-2, 1e-8, (0.95, 0.95)),
         needs="optimizers",
         state_bytes=24,
-        syncs=True,
         remembers=("step",),
     ),
     _row(
