@@ -54,7 +54,7 @@ _GROUPS = (
     ),
     (
         "is not here; snr_gamma weights samples by their noise",
-        "snr_weight=1.0 soft_min_snr_sigma_data use_soft_min_snr=false",
+        "snr_weight=1.0",
     ),
     (
         "belongs to a model family that this trainer does not have; remove it",

@@ -95,16 +95,19 @@ class Loss:
     c: Callable[[float, Draw, Objective], Tensor]
     huber_c: float
     gamma: float | None
+    soft: bool
     objective: Objective
 
     @classmethod
     def of(cls, settings: DiffusionSettings, objective: Objective) -> Loss:
         """The loss that the settings want of a model with `objective`."""
+        soft = settings.use_soft_min_snr
         return cls(
             LOSSES[settings.loss_type].load(),
             HUBER_SCHEDULES[settings.huber_schedule].load(),
             settings.huber_c,
-            settings.snr_gamma,
+            settings.soft_min_snr_sigma_data**-2 if soft else settings.snr_gamma,
+            soft,
             objective,
         )
 
@@ -115,10 +118,14 @@ class Loss:
         return self.make(off, c.view(-1, *[1] * (off.ndim - 1)))
 
     def weights(self, draw: Draw) -> Tensor:
-        """[B] the objective's own weights, times min-SNR (Hang et al. 2023, arXiv 2303.09556)."""
+        """[B] the objective's own weights, times min-SNR (Hang et al. 2023, arXiv 2303.09556).
+
+        Its soft form is that of Crowson et al. 2024 (arXiv 2401.11605), whose gamma is
+        1 / sigma_data^2.
+        """
         if self.gamma is None:
             return draw.weight
-        return draw.weight * self.objective.min_snr(draw, self.gamma)
+        return draw.weight * self.objective.min_snr(draw, self.gamma, self.soft)
 
 
 def per_sample(errors: Tensor, mask: Tensor | None = None, *, normalise: bool = False) -> Tensor:

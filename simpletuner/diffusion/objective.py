@@ -49,8 +49,13 @@ class Objective(Protocol):
     def shares(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """The shares of the clean latent and of the noise in ``draw.noisy``, [B] each."""
 
-    def min_snr(self, draw: Draw, gamma: float) -> Tensor:
-        """[B] what min-SNR makes of each sample's weight: less where there is little noise."""
+    def min_snr(self, draw: Draw, gamma: float, soft: bool = False) -> Tensor:
+        """[B] what min-SNR makes of each sample's weight: less where there is little noise.
+
+        Args:
+            gamma: The SNR that an x0 loss weighs at most.
+            soft: Near it as ``SNR gamma / (SNR + gamma)`` instead of by the smaller of the two.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +107,21 @@ class VariancePreserving(ABC):
         abar = to_device(self.abar, draw.noisy.device)[draw.timestep.long()]
         return abar.sqrt(), (1 - abar).sqrt()
 
+    def min_snr(self, draw: Draw, gamma: float, soft: bool = False) -> Tensor:
+        """See Objective; the weight of the x0 loss that equals the loss of this prediction.
+
+        With signal^2 + spread^2 = 1 all cases are ``gamma share / over``, which has a limit where
+        there is no signal.
+        """
+        signal, spread = (share.square() for share in self.shares(draw))
+        capped = gamma * spread
+        over = signal + capped if soft else torch.maximum(signal, capped)
+        return gamma * self.share(signal, spread) / over
+
+    @abstractmethod
+    def share(self, signal: Tensor, spread: Tensor) -> Tensor:
+        """signal^2 over what turns an x0 loss into this one; given both squares, [B] each."""
+
     @abstractmethod
     def target(self, clean: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
         """What the denoiser should answer; `signal` and `spread` are [B, 1, …]."""
@@ -114,10 +134,9 @@ class Epsilon(VariancePreserving):
         """The noise."""
         return noise
 
-    def min_snr(self, draw: Draw, gamma: float) -> Tensor:
-        """``min(SNR, gamma) / SNR``; 1 where the SNR is 0."""
-        signal, spread = self.shares(draw)
-        return gamma * spread.square() / torch.maximum(signal.square(), gamma * spread.square())
+    def share(self, signal: Tensor, spread: Tensor) -> Tensor:
+        """The x0 loss is the noise loss over the SNR, so ``min(SNR, gamma) / SNR``."""
+        return spread
 
     def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
         """``(noisy - sqrt(1 - abar) eps) / sqrt(abar)``; not finite where abar is 0."""
@@ -132,10 +151,9 @@ class Velocity(VariancePreserving):
         """The velocity v."""
         return signal * noise - spread * clean
 
-    def min_snr(self, draw: Draw, gamma: float) -> Tensor:
-        """``min(SNR, gamma) / (SNR + 1)``."""
-        signal, spread = self.shares(draw)
-        return torch.minimum(signal.square(), gamma * spread.square())
+    def share(self, signal: Tensor, spread: Tensor) -> Tensor:
+        """The x0 loss is the v loss over SNR + 1, so ``min(SNR, gamma) / (SNR + 1)``."""
+        return signal * spread
 
     def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
         """``sqrt(abar) noisy - sqrt(1 - abar) v``."""
@@ -183,7 +201,7 @@ class Flow:
         """See Objective."""
         return 1 - draw.sigma, draw.sigma
 
-    def min_snr(self, draw: Draw, gamma: float) -> Tensor:
+    def min_snr(self, draw: Draw, gamma: float, soft: bool = False) -> Tensor:
         """1: the settings refuse it for flow matching, whose law of noise does that work."""
         return torch.ones_like(draw.sigma)
 

@@ -24,6 +24,14 @@ class DiffusionSettings(Section):
     """Min-SNR weighting of noise and v predictions: caps the weight of little-noised samples;
     smaller caps more, 5 is usual."""
 
+    use_soft_min_snr: bool = setting(False)
+    """Min-SNR weighting that bends towards its cap instead of breaking off there; the cap is
+    1 / soft_min_snr_sigma_data^2, and snr_gamma is not used."""
+
+    soft_min_snr_sigma_data: float = setting(0.5, ge=0.05, le=20)
+    """The noise level (noise over signal) at which use_soft_min_snr begins to hold weights down;
+    larger caps more, 0.5 is a cap of 4."""
+
     mask_normalize: bool = setting(False)
     """Divide a masked loss by the share of the picture that is learned, so that a small mask weighs
     as much as a large one."""

@@ -147,6 +147,8 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
         "flow_beta_schedule_beta": not diffusion.flow_use_beta_schedule,
         "huber_c": not LOSSES[diffusion.loss_type].fact("c", False),
         "huber_schedule": not LOSSES[diffusion.loss_type].fact("c", False),
+        "snr_gamma": diffusion.use_soft_min_snr,
+        "soft_min_snr_sigma_data": not diffusion.use_soft_min_snr,
         "noise_offset": not diffusion.offset_noise,
         "noise_offset_probability": not diffusion.offset_noise,
         "input_perturbation_steps": not diffusion.input_perturbation,

@@ -241,6 +241,24 @@ def test_settings_of_flow_matching_are_not_swallowed_by_other_families(place: Wo
     assert place.messages() == []
 
 
+def test_samples_are_weighed_by_their_noise_in_one_way(place: Workplace) -> None:
+    place.config(use_soft_min_snr=True, snr_gamma=5)
+    assert place.messages() == [
+        "snr_gamma: use_soft_min_snr takes its cap from soft_min_snr_sigma_data; remove one of the "
+        "two"
+    ]
+    place.config(soft_min_snr_sigma_data=1.0)
+    assert place.messages() == [
+        "soft_min_snr_sigma_data: changes nothing without use_soft_min_snr true; set that, or "
+        "remove this"
+    ]
+    place.config(model_family="sd3", use_soft_min_snr=True)
+    assert place.messages() == [
+        "use_soft_min_snr: sd3 is trained by flow matching, which has no use for it; "
+        "flow_sigmoid_scale and flow_schedule_shift weigh noise levels"
+    ]
+
+
 def test_picture_edges_fit_the_familys_grid(place: Workplace) -> None:
     place.config(model_family="sd3", aspect_bucket_alignment=24)
     assert place.messages() == ["aspect_bucket_alignment: sd3 needs a multiple of 16 px, got 24"]

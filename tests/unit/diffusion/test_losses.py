@@ -107,6 +107,34 @@ def test_min_snr_has_a_limit_where_there_is_no_signal() -> None:
         assert silent.min_snr(drawn(silent, [999]), 5.0).tolist() == [wanted]
 
 
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_soft_min_snr_is_the_harmonic_form_of_min_snr(sigma_data: float) -> None:
+    times = [0, 100, 500, 999]
+    gamma = sigma_data**-2
+    settings = {"use_soft_min_snr": True, "soft_min_snr_sigma_data": sigma_data}
+    for kind in ("epsilon", "v_prediction"):
+        loss = loss_of(kind, **settings)
+        found = loss.weights(drawn(loss.objective, times))
+        abar = loss.objective.abar[times].double()  # type: ignore[attr-defined]
+        ratio = abar / (1 - abar)
+        wanted = ratio * gamma / (ratio + gamma) / (ratio if kind == "epsilon" else ratio + 1)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
+        hard = loss_of(kind, snr_gamma=gamma).weights(drawn(loss.objective, times))
+        assert bool((found < hard).all())
+        assert bool((found > hard / 2 - 1e-6).all())
+
+
+def test_soft_min_snr_of_v_is_the_published_weight_for_data_of_unit_spread() -> None:
+    """``(sigma s)^2 / (sigma^2 + s^2)^2`` at s = 1, sigma being noise over signal."""
+    loss = loss_of("v_prediction", use_soft_min_snr=True, soft_min_snr_sigma_data=1.0)
+    draw = drawn(loss.objective, [0, 250, 500, 999])
+    signal, spread = loss.objective.shares(draw)
+    sigma = spread / signal
+    torch.testing.assert_close(
+        loss.weights(draw), sigma.square() / (sigma.square() + 1).square(), rtol=1e-4, atol=1e-7
+    )
+
+
 @pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize("shape", [(2, 4, 8, 6), (2, 4, 3, 8, 6)])
 def test_every_loss_is_one_number_a_sample_nought_for_the_right_answer(
@@ -156,6 +184,7 @@ def test_the_step_takes_the_loss_and_the_weights(tiny_sdxl: Path) -> None:
         {"loss_type": "huber"},
         {"loss_type": "smooth_l1", "huber_schedule": "constant"},
         {"snr_gamma": 0.5},
+        {"use_soft_min_snr": True},
         {"offset_noise": True, "noise_offset_probability": 1.0},
         {"input_perturbation": 0.3},
         {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 9.0},

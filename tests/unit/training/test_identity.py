@@ -275,6 +275,13 @@ BF16 = MappingProxyType({"mixed_precision": "bf16"})
             {**BF16, "base_model_default_dtype": "fp32"},
             "base_model_default_dtype: was bf16, now fp32",
         ),
+        (
+            "sdxl",
+            {"snr_gamma": 5},
+            {"use_soft_min_snr": True},
+            "snr_gamma: was 5, now unused; soft_min_snr_sigma_data: was unused, now 0.5;"
+            " use_soft_min_snr: was false, now true",
+        ),
         ("sd3", {}, {"flow_schedule_shift": 1}, "flow_schedule_shift: was 3, now 1"),
         ("sd3", {}, {"flow_sigmoid_scale": 2}, "flow_sigmoid_scale: was 1, now 2"),
         ("flux", {}, {"flux_guidance_value": 3.5}, "flux_guidance_value: was 1, now 3.5"),
