@@ -58,10 +58,15 @@ def soap(groups: Groups, *, cls: None, seed: int, **options: Any) -> Optimizer:
     package = require("pytorch_optimizer", extra="optimizers", why="optimizer soap")
 
     class SOAP(package.SOAP):  # type: ignore[misc,name-defined]
-        """The package's, with its memory in one layout."""
+        """The package's, with its memory in one layout and its options in the groups alone."""
 
         def step(self, closure: Any = None) -> Any:
             """One step."""
+            # It keeps them with each tensor too, where a resume would bring the old ones back.
+            for group in self.param_groups:
+                for state in (self.state[p] for p in group["params"] if p in self.state):
+                    state["precondition_frequency"] = group["precondition_frequency"]
+                    state["shampoo_beta"] = group["betas"][1]
             loss = super().step(closure)
             for state in self.state.values():
                 state["exp_avg_sq"] = state["exp_avg_sq"].contiguous()

@@ -214,6 +214,7 @@ _BUILT = (
             cls=cls,
             needs="bnb",
             state_bytes=state_bytes,
+            syncs=True,  # it calls torch.cuda.synchronize() after every tensor
             on=("cuda", "cpu"),
         )
         for name, cls, summary, options, numbers, state_bytes in _BNB

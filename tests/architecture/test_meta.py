@@ -51,10 +51,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 BUILT = [
     name
     for name, row in OPTIMIZERS.items()
-    if not row.pending and not row.fact("syncs") and row.needs != "bnb"
-    if name != "optimi-stableadamw"
+    if not row.pending and not row.fact("syncs") and name != "optimi-stableadamw"
 ]
-"""Those that wait for nothing; of two kinds that is watched on a GPU, see tests/contracts."""
+"""Those that wait for nothing; StableAdamW goes another way here than on a GPU, see tests/gpu."""
 
 
 @pytest.mark.parametrize(

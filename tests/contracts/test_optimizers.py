@@ -178,9 +178,8 @@ def test_it_finds_the_bottom_of_a_bowl(name: str, dtype: torch.dtype) -> None:
 
 
 ON_META = [name for name in BUILT if not OPTIMIZERS[name].fact("syncs")]
-ON_META = [n for n in ON_META if OPTIMIZERS[n].needs != "bnb" and n != "optimi-stableadamw"]
-"""The kernels of bitsandbytes know no meta device, and StableAdamW goes another way there than on a
-GPU; both are watched on a GPU."""
+ON_META.remove("optimi-stableadamw")
+"""StableAdamW goes another way there than on a GPU, where it is watched."""
 
 
 @pytest.mark.parametrize(("name", "dtype"), [case for case in CASES if case[0] in ON_META])
@@ -430,3 +429,16 @@ def test_the_memory_of_another_rank_is_refused_by_shape() -> None:
 
     with pytest.raises(TrainingError, match=r"exp_avg:bias of shape \(9,\), now \(8,\)"):
         load_optimizer_tensors(optimizer, groups, tensors)
+
+
+def test_options_of_now_hold_after_a_resume_of_soap() -> None:
+    groups, others = (groups_of(torch.float32) for _ in range(2))
+    before = optimizer_of("soap", groups, optimizer_config={"precondition_frequency": 100})
+    train(before, groups, range(3))
+    config = {"precondition_frequency": 4, "betas": [0.9, 0.8]}
+    after = optimizer_of("soap", others, optimizer_config=config)
+    load_optimizer_tensors(after, others, optimizer_tensors(before, groups))
+    train(after, others, range(3, 4))
+
+    state = after.state[named(others)["wide.weight"]]
+    assert (state["precondition_frequency"], state["shampoo_beta"]) == (4, 0.8)
