@@ -53,6 +53,16 @@ def prediction_of_family(run: Proposal) -> Iterator[Problem]:
         )
 
 
+def prediction_of_zero_snr(run: Proposal) -> Iterator[Problem]:
+    """A model that predicts the noise has nothing to say where there is nothing but noise."""
+    if run.values["rescale_betas_zero_snr"] and run.says("prediction_type") == "epsilon":
+        yield run.problem(
+            "rescale_betas_zero_snr",
+            "does not go with prediction_type epsilon: in nothing but noise the noise says nothing"
+            " of the picture; set prediction_type v_prediction, or remove this",
+        )
+
+
 def settings_of_family(run: Proposal) -> Iterator[Problem]:
     """What only some families read is asked of one of them."""
     family = run.values.get("model_family", "")
@@ -177,6 +187,7 @@ CHECKS: tuple[Check, ...] = (
     *LEARNING_CHECKS,
     flavour_of_family,
     prediction_of_family,
+    prediction_of_zero_snr,
     settings_of_family,
     alignment_of_family,
     prompt_length_of_family,

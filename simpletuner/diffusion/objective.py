@@ -144,6 +144,22 @@ class Epsilon(VariancePreserving):
         return (draw.noisy - spread * prediction) / signal
 
 
+class Clean(VariancePreserving):
+    """The denoiser answers the clean latent (Salimans & Ho 2022, section 4)."""
+
+    def target(self, clean: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
+        """The clean latent."""
+        return clean.float()
+
+    def share(self, signal: Tensor, spread: Tensor) -> Tensor:
+        """It is the x0 loss, so ``min(SNR, gamma)``."""
+        return signal
+
+    def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
+        """The prediction."""
+        return prediction
+
+
 class Velocity(VariancePreserving):
     """The denoiser answers ``v = sqrt(abar) noise - sqrt(1 - abar) x0`` (Salimans & Ho 2022)."""
 
@@ -214,8 +230,8 @@ def objective_of(
     """The objective of a model.
 
     Args:
-        prediction_type: ``epsilon``, ``v_prediction`` or ``flow_matching``.
-        scheduler_config: The checkpoint's own, for its betas or its shift by size.
+        prediction_type: ``epsilon``, ``v_prediction``, ``sample`` or ``flow_matching``.
+        scheduler_config: The family's, for its betas or its shift by size.
         settings: How noise levels are drawn; the defaults without it.
 
     Raises:
@@ -223,7 +239,11 @@ def objective_of(
     """
     if prediction_type == "flow_matching":
         return Flow(flow_law(settings or DiffusionSettings(), scheduler_config))
-    kinds: dict[str, type[Epsilon | Velocity]] = {"epsilon": Epsilon, "v_prediction": Velocity}
+    kinds: dict[str, type[Epsilon | Velocity | Clean]] = {
+        "epsilon": Epsilon,
+        "v_prediction": Velocity,
+        "sample": Clean,
+    }
     if prediction_type not in kinds:
         raise ConfigError(
             f"prediction_type {prediction_type!r} is not one of {', '.join(kinds)}, flow_matching",

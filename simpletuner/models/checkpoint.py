@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +63,16 @@ class Checkpoint:
         return found
 
     def scheduler(self, **changes: Any) -> Any:
-        """A fresh instance of the checkpoint's own scheduler, with `changes` to its config."""
+        """A fresh instance of the checkpoint's own scheduler, with `changes` to its config.
+
+        One that cannot rescale its betas gives way to DDIM, which can.
+        """
         import diffusers
 
         cls = getattr(diffusers, self.scheduler_config["_class_name"])
+        rescales = "rescale_betas_zero_snr"
+        if changes.get(rescales) and rescales not in signature(cls.__init__).parameters:
+            cls = diffusers.DDIMScheduler
         return cls.from_config(dict(self.scheduler_config), **changes)
 
     def open_pipeline(self, name: str, *, options: Mapping[str, Any], dtype: torch.dtype) -> Any:

@@ -146,7 +146,7 @@ class Family(ABC):
 
     def scheduler(self) -> Any:
         """A fresh scheduler of the checkpoint's own kind, for what the denoiser really predicts."""
-        return self.checkpoint.scheduler(prediction_type=self.prediction_type)
+        return self.checkpoint.scheduler(**self._scheduler_changes)
 
     def fingerprint(self, part: str) -> str:
         """A digest of the weights and configuration that shape what is cached.
@@ -170,6 +170,19 @@ class Family(ABC):
             "prediction_type", self.prediction_types[0]
         )
         return found
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The noise schedule that is trained: the checkpoint's with what the user changes of it."""
+        return MappingProxyType({**self.checkpoint.scheduler_config, **self._scheduler_changes})
+
+    @property
+    def _scheduler_changes(self) -> Mapping[str, Any]:
+        changes: dict[str, Any] = {"prediction_type": self.prediction_type}
+        if self.options.get("rescale_betas_zero_snr"):
+            # A sampler has to begin at the last step, or the model never sees what it learned.
+            changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return changes
 
     @cached_property
     def patch(self) -> int:

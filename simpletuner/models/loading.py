@@ -257,6 +257,12 @@ def _check_options(family: Family, settings: ModelSettings) -> None:
                 f"{key}: {family.checkpoint.label} has no use for it, so it changes nothing",
                 fix="remove it, or name another checkpoint",
             )
+    if settings.rescale_betas_zero_snr and family.prediction_type == "epsilon":
+        raise ConfigError(
+            f"rescale_betas_zero_snr: {family.checkpoint.label} predicts the noise, which says"
+            " nothing of the picture where there is nothing but noise",
+            fix="remove it, or train with prediction_type v_prediction",
+        )
 
 
 def _check_class(checkpoint: Checkpoint, cls: type[Family]) -> None:

@@ -33,15 +33,17 @@ class ModelSettings(Section):
     """Which of several sets of weight files to take, such as fp16; without it, the plain one."""
 
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_matching"] | None = setting(
-        None, pending=("sample",)
+        None
     )
     """What the denoiser predicts; without it, what the checkpoint's own scheduler says."""
 
     data_aesthetic_score: float = setting(7.0, ge=0, le=10)
     """The aesthetic score told to an SDXL refiner with every picture; higher asks for prettier."""
 
-    rescale_betas_zero_snr: bool = setting(False, pending=True)
-    """Rescale the noise schedule so that its last step holds no signal at all."""
+    rescale_betas_zero_snr: bool = setting(False)
+    """Rescale the noise schedule so that its last step holds no signal at all: very dark and very
+    bright pictures become possible. Not for a model that predicts the noise, which has nothing to
+    say there."""
 
     tokenizer_max_length: int | None = setting(None, ge=1, le=1024, unit="tokens")
     """Longest prompt that text encoders with a variable length see; without it, the family's own

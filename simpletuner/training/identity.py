@@ -98,11 +98,18 @@ def model_identity(config: Config, family: Family) -> Facts:
             "VAE": family.fingerprint("vae"),
             **family.text_options,
             "prediction_type": family.prediction_type,
+            **_schedule_identity(family),
             "model_type": adapter.model_type,
             **_adapter_identity(adapter),
             "optimizer": config.optimizer.optimizer,
         }
     )
+
+
+def _schedule_identity(family: Family) -> dict[str, Any]:
+    if "rescale_betas_zero_snr" not in family.own_settings:
+        return {}
+    return {"rescale_betas_zero_snr": family.options["rescale_betas_zero_snr"]}
 
 
 def _adapter_identity(adapter: AdapterSettings) -> dict[str, Any]:

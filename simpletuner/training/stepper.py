@@ -99,9 +99,7 @@ class Stepper:
             power=optimizer.lr_power,
             cycles=optimizer.lr_num_cycles,
         )
-        objective = objective_of(
-            family.prediction_type, family.checkpoint.scheduler_config, diffusion
-        )
+        objective = objective_of(family.prediction_type, family.scheduler_config, diffusion)
         return cls(
             place=place,
             family=family,

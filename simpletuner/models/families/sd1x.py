@@ -36,7 +36,8 @@ class SD1(Family):
             "1.4": Flavour("CompVis/stable-diffusion-v1-4", "the base model before 1.5"),
         }
     )
-    prediction_types = ("epsilon", "v_prediction")
+    prediction_types = ("epsilon", "v_prediction", "sample")
+    own_settings = ("rescale_betas_zero_snr",)
     text_parts = ("text_encoder", "tokenizer")
     text_outputs = ("prompt_embeds", None)
     layouts = MappingProxyType({"prompt_embeds": "stack"})

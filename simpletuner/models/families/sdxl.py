@@ -41,8 +41,8 @@ class SDXL(Family):
             ),
         }
     )
-    prediction_types = ("epsilon", "v_prediction")
-    own_settings = ("data_aesthetic_score",)
+    prediction_types = ("epsilon", "v_prediction", "sample")
+    own_settings = ("data_aesthetic_score", "rescale_betas_zero_snr")
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     text_outputs = ("prompt_embeds", None, "pooled_prompt_embeds", None)
     layouts = MappingProxyType({"prompt_embeds": "stack", "pooled_prompt_embeds": "stack"})

@@ -173,8 +173,22 @@ def test_a_family_is_asked_to_predict_what_it_can(place: Workplace) -> None:
     ]
     place.config(prediction_type="flow_matching")
     assert place.messages() == [
-        "prediction_type: sdxl cannot predict flow_matching, only epsilon or v_prediction; remove "
-        "it to take what the checkpoint says"
+        "prediction_type: sdxl cannot predict flow_matching, only epsilon or v_prediction or "
+        "sample; remove it to take what the checkpoint says"
+    ]
+
+
+def test_a_model_that_predicts_the_noise_is_not_shown_nothing_but_noise(place: Workplace) -> None:
+    place.config(rescale_betas_zero_snr=True, prediction_type="epsilon")
+    assert place.messages() == [
+        "rescale_betas_zero_snr: does not go with prediction_type epsilon: in nothing but noise the"
+        " noise says nothing of the picture; set prediction_type v_prediction, or remove this"
+    ]
+    place.config(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert place.messages() == []
+    place.config(model_family="flux", rescale_betas_zero_snr=True)
+    assert place.messages() == [
+        "rescale_betas_zero_snr: flux has no use for it, sd1x and sdxl have; remove it"
     ]
 
 

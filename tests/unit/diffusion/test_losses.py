@@ -101,7 +101,7 @@ def test_min_snr_is_the_vectors_of_sdxl_by_what_is_predicted() -> None:
 
 
 def test_min_snr_has_a_limit_where_there_is_no_signal() -> None:
-    for kind, wanted in (("epsilon", 1.0), ("v_prediction", 0.0)):
+    for kind, wanted in (("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)):
         loss = loss_of(kind, snr_gamma=5)
         silent = type(loss.objective)(torch.zeros(1000))  # type: ignore[call-arg]
         assert silent.min_snr(drawn(silent, [999]), 5.0).tolist() == [wanted]
@@ -112,12 +112,13 @@ def test_soft_min_snr_is_the_harmonic_form_of_min_snr(sigma_data: float) -> None
     times = [0, 100, 500, 999]
     gamma = sigma_data**-2
     settings = {"use_soft_min_snr": True, "soft_min_snr_sigma_data": sigma_data}
-    for kind in ("epsilon", "v_prediction"):
+    over = {"epsilon": lambda r: r, "v_prediction": lambda r: r + 1, "sample": torch.ones_like}
+    for kind, divisor in over.items():
         loss = loss_of(kind, **settings)
         found = loss.weights(drawn(loss.objective, times))
         abar = loss.objective.abar[times].double()  # type: ignore[attr-defined]
         ratio = abar / (1 - abar)
-        wanted = ratio * gamma / (ratio + gamma) / (ratio if kind == "epsilon" else ratio + 1)
+        wanted = ratio * gamma / (ratio + gamma) / divisor(ratio)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
         hard = loss_of(kind, snr_gamma=gamma).weights(drawn(loss.objective, times))
         assert bool((found < hard).all())

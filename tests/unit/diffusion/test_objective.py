@@ -20,7 +20,7 @@ SDXL: dict[str, Any] = {
     "timestep_spacing": "leading",
     "steps_offset": 1,
 }
-KINDS = ("epsilon", "v_prediction")
+KINDS = ("epsilon", "v_prediction", "sample")
 
 
 def some(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,7 +43,8 @@ def test_a_draw_equals_the_stock_scheduler(kind: str, zero_snr: bool) -> None:
     draw = objective_of(kind, config).draw(clean, t, noise)
 
     scheduler = stock(rescale_betas_zero_snr=zero_snr)
-    target = noise if kind == "epsilon" else scheduler.get_velocity(clean, noise, t)
+    targets = {"epsilon": noise, "sample": clean}
+    target = targets.get(kind, scheduler.get_velocity(clean, noise, t))
     torch.testing.assert_close(
         draw.noisy, scheduler.add_noise(clean, noise, t), atol=1e-6, rtol=1e-6
     )
@@ -135,5 +136,5 @@ def test_a_draw_runs_on_the_meta_device_with_timesteps_from_the_cpu(kind: str) -
 
 
 def test_a_prediction_type_that_is_not_built_is_named() -> None:
-    with pytest.raises(ConfigError, match="prediction_type 'sample' is not one of epsilon"):
-        objective_of("sample", SDXL)
+    with pytest.raises(ConfigError, match="prediction_type 'score' is not one of epsilon"):
+        objective_of("score", SDXL)

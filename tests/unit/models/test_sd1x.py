@@ -80,6 +80,23 @@ def test_the_loss_is_that_of_a_reference_written_with_diffusers_alone(
     assert ours.item() == pytest.approx(reference.item(), rel=1e-5)
 
 
+def test_a_sampler_that_cannot_have_zero_terminal_snr_gives_way_to_one_that_can(
+    tiny_v: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_v, tmp_path / "model")
+    config = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler").config
+    diffusers.PNDMScheduler.from_config(config).save_pretrained(folder / "scheduler")
+    family = open_tiny(folder, rescale_betas_zero_snr=True)
+
+    scheduler = family.scheduler()
+    scheduler.set_timesteps(4)
+
+    assert type(scheduler).__name__ == "DDIMScheduler"
+    assert scheduler.alphas_cumprod[-1] == 0
+    assert scheduler.timesteps[0] == 999
+    assert type(open_tiny(folder).scheduler()).__name__ == "PNDMScheduler"
+
+
 def test_a_prediction_type_the_user_sets_reaches_loss_and_sampler(tiny_sd1x: Path) -> None:
     window = window_of(make_batch(1, 2, family_name="sd1x"))
     losses = [

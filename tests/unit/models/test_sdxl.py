@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import diffusers
+import pytest
 import torch
 
 from simpletuner.cache.truncation import Cut, cut_captions
+from simpletuner.core.errors import ConfigError
 from simpletuner.core.types import Batch, Draw, Geometry, Place, Sample
+from simpletuner.diffusion.objective import objective_of
 from simpletuner.models.family import Family
 from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
@@ -143,6 +146,27 @@ def test_a_prediction_type_the_user_sets_reaches_the_sampler(tiny_sdxl: Path) ->
     assert family.open_sampler(unet, vae).scheduler.config.prediction_type == "v_prediction"
     plain = open_tiny(tiny_sdxl)
     assert plain.open_sampler(unet, vae).scheduler.config.prediction_type == "epsilon"
+
+
+def test_zero_terminal_snr_reaches_training_and_the_sampler(
+    tiny_sdxl: Path, tiny_sdxl_v: Path
+) -> None:
+    family = open_tiny(tiny_sdxl_v, rescale_betas_zero_snr=True)
+    unet, vae = family.open_denoiser(CPU), family.open_vae(CPU.device, torch.float32)
+    latents, noise = torch.ones(1, 4, 4, 4), torch.full((1, 4, 4, 4), 2.0)
+
+    objective = objective_of(family.prediction_type, family.scheduler_config)
+    draw = objective.draw(latents, torch.tensor([999]), noise)
+    scheduler = family.open_sampler(unet, vae).scheduler
+    scheduler.set_timesteps(4)
+
+    assert torch.equal(draw.noisy, noise)
+    assert torch.equal(draw.target, -latents)
+    assert scheduler.timesteps[0] == 999
+    assert scheduler.sigmas[0] > 1000  # as good as nothing but noise
+    assert scheduler.config.rescale_betas_zero_snr
+    with pytest.raises(ConfigError, match="predicts the noise, which says nothing"):
+        open_tiny(tiny_sdxl, rescale_betas_zero_snr=True)
 
 
 def test_captions_that_are_longer_than_the_encoders_see_are_found(tiny_sdxl: Path) -> None:

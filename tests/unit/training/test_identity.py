@@ -174,6 +174,12 @@ def test_data_and_settings_that_changed_at_once_are_told_apart(knows: Knows) -> 
             {"prediction_type": "v_prediction"},
             "prediction_type changed (was epsilon, now v_prediction)",
         ),
+        (
+            "sdxl",
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            "prediction_type changed (was epsilon, now v_prediction), rescale_betas_zero_snr"
+            " changed (was false, now true)",
+        ),
         ("sd3", {"t5_padding": "zero"}, "t5_padding changed (was unmodified, now zero)"),
         (
             "sd3",
