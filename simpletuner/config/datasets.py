@@ -11,7 +11,8 @@ from typing import Any
 
 from simpletuner.cache.settings import CacheSettings
 from simpletuner.config.caption_filters import read_filters
-from simpletuner.config.conditioning import Read, idle_keys, paired_with, unfit
+from simpletuner.config.conditioning import Read, idle_keys, paired_with
+from simpletuner.config.dataset_learning import check_learning
 from simpletuner.config.embeds import (
     TextRead,
     default_text_embeds,
@@ -149,7 +150,7 @@ def read_datasets(path: Path, around: Surroundings) -> tuple[DatasetsFile, Datas
     _check_ids(enabled, found)
     _check_sizes(enabled, found)
     if not found.problems:  # an entry that could not be read is missing for another reason
-        _check_learning(found, around)
+        check_learning(found, around)
     if not found.problems and not found.training:
         off = " that is not disabled" if len(enabled) < len(entries) else ""
         found.problem(f"no dataset of pictures{off}; one entry needs an instance_data_dir")
@@ -424,29 +425,6 @@ def _check_sizes(entries: Iterable[Entry], found: DatasetsFile) -> None:
                 " each with its value at the end; rename an entry, or list each value once",
                 key="id",
             )
-
-
-def _check_learning(found: DatasetsFile, around: Surroundings) -> None:
-    """Every conditioning set belongs to pictures, and some pictures teach something."""
-    found.problems += unfit(found.pictures, found.conditioning)
-    trains = around.given.get("model_type")
-    if trains is not None and trains.value == "full":
-        found.problems += [
-            each.given["is_regularisation_data"].problem(
-                "compares with the untouched base, which model_type full does not keep; set"
-                " model_type lora, or leave it out"
-            )
-            for each in found.pictures
-            if each.settings.is_regularisation_data and "is_regularisation_data" in each.given
-        ]
-    drawn = [each for each in found.training if each.probability > 0]
-    only_kept = all(each.is_regularisation_data for each in drawn)
-    if drawn and only_kept and "init_lora" not in around.given:
-        found.problem(
-            "holds in every dataset of pictures with a probability above 0, so nothing would be"
-            " learned; leave it out of one",
-            key="is_regularisation_data",
-        )
 
 
 def check_draws(found: DatasetsFile, *, epochs: int, steps: int) -> None:

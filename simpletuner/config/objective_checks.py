@@ -35,6 +35,7 @@ def noise_of_family(run: Proposal) -> Iterator[Problem]:
         ("use_soft_min_snr", "flow_sigmoid_scale and flow_schedule_shift weigh noise levels"),
         ("offset_noise", "remove it"),
         ("timestep_bias_strategy", "flow_schedule_shift moves training along the schedule"),
+        ("refiner_training", "flow_custom_timesteps names the timesteps to train"),
     ):
         if run.says(key) not in (None, SETTINGS[key].field.default):
             yield run.problem(
@@ -51,16 +52,31 @@ def one_min_snr(run: Proposal) -> Iterator[Problem]:
         )
 
 
+FLOW_LAWS = (
+    "flux_fast_schedule",
+    "flow_custom_timesteps",
+    "flow_cubic_schedule_weights",
+    "flow_use_beta_schedule",
+    "flow_use_uniform_schedule",
+)
+"""What takes the place of the logit-normal law of noise levels; the first two are not shifted."""
+
+
 def flow_settings_agree(run: Proposal) -> Iterator[Problem]:
     """No setting of flow matching makes another one useless."""
-    for key, by, value in (
-        ("flow_schedule_shift", "flow_schedule_auto_shift", "takes the shift from the size"),
-        ("flow_sigmoid_scale", "flow_use_uniform_schedule", "draws all noise levels alike"),
-        ("flow_sigmoid_scale", "flow_use_beta_schedule", "draws from another distribution"),
-        ("flow_use_uniform_schedule", "flow_use_beta_schedule", "draws from a distribution"),
-    ):
-        if run.asks(key) and run.values[by]:
-            yield run.problem(key, f"{by} {value}, so this changes nothing; remove one of the two")
+    chosen = [key for key in FLOW_LAWS if run.values[key]]
+    said = [(key, chosen[0], "says which noise levels are drawn") for key in chosen[1:]]
+    if chosen:
+        said.append(("flow_sigmoid_scale", chosen[0], "says which noise levels are drawn"))
+    if chosen and chosen[0] in FLOW_LAWS[:2]:
+        shifts = ("flow_schedule_shift", "flow_schedule_auto_shift")
+        said += [(key, chosen[0], "is not shifted") for key in shifts]
+    elif run.values["flow_schedule_auto_shift"]:
+        shift = ("flow_schedule_shift", "flow_schedule_auto_shift", "takes the shift from the size")
+        said.append(shift)
+    for key, by, why in said:
+        if run.asks(key):
+            yield run.problem(key, f"{by} {why}, so this changes nothing; remove one of the two")
 
 
 def settings_that_need_another(run: Proposal) -> Iterator[Problem]:
@@ -87,6 +103,17 @@ def settings_that_need_another(run: Proposal) -> Iterator[Problem]:
             ("flux_guidance_value",),
             values["flux_guidance_mode"] == "constant",
             "flux_guidance_mode constant",
+        ),
+        (
+            ("refiner_training_strength", "refiner_training_invert_schedule"),
+            values["refiner_training"],
+            "refiner_training true",
+        ),
+        (("flow_timesteps_mode",), values["flow_custom_timesteps"], "flow_custom_timesteps"),
+        (
+            ("disable_segmented_timestep_sampling",),
+            values["flow_timesteps_mode"] == "fixed-list",
+            "flow_timesteps_mode fixed-list",
         ),
         (("timestep_bias_multiplier",), part != "none", "a timestep_bias_strategy"),
         (

@@ -41,16 +41,13 @@ _GROUPS = (
         validation_internal_guidance_scale=1.0 xm_block_size=0 xm_candidate_count=1
         xm_enabled=false xm_selection_scope=sample xm_training_target=noise
         conditioning_multidataset_sampling=random control=false controlnet_custom_config
-        max_grounding_entities=0 pretrained_grounding_model_name_or_path refiner_training=false
-        refiner_training_invert_schedule=false refiner_training_strength=0.2
+        max_grounding_entities=0 pretrained_grounding_model_name_or_path
         """,
     ),
     (
-        "is not here; the draw of noise levels is set by the flow_ settings",
-        """
-        disable_segmented_timestep_sampling=false flow_cubic_schedule_weights
-        flow_custom_timesteps flow_timesteps_mode=fixed-list
-        """,
+        "is not needed: every timestep is trained, and a sampler begins at the last one where it"
+        " has to; remove it",
+        "training_scheduler_timestep_spacing=trailing",
     ),
     (
         "is not here; snr_gamma weights samples by their noise",

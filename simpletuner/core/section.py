@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -95,3 +96,12 @@ def is_pending(field: FieldInfo, value: object) -> bool:
         values = value if isinstance(value, tuple) else (value,)
         return any(each in hint.pending for each in values)
     return hint.pending and value != field.get_default(call_default_factory=True)
+
+
+def items(value: object) -> list[Any]:
+    """A list as itself, a JSON list or text with commas as its parts, anything else alone."""
+    if isinstance(value, str):
+        if value.lstrip().startswith("["):
+            return list(json.loads(value))
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return list(value) if isinstance(value, list | tuple) else [value]

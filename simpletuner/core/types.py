@@ -67,6 +67,7 @@ class Sample:
         occurrence: The how-manieth time this sample is drawn in this epoch, from 0.
         masked: Its mask is applied to its loss.
         regularises: It is trained towards what the untouched base model says of it.
+        timestep_offset: Moves the law that its timestep is drawn from; below 0 to less noise.
     """
 
     id: str
@@ -77,6 +78,7 @@ class Sample:
     occurrence: int = 0
     masked: bool = False
     regularises: bool = False
+    timestep_offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ class Batch:
     def regularises(self) -> bool:
         """Its target is the base model's own prediction; a batch is of one dataset."""
         return any(sample.regularises for sample in self.samples)
+
+    @property
+    def timestep_offset(self) -> float:
+        """That of its samples; a batch is of one dataset."""
+        return self.samples[0].timestep_offset
 
     def pinned(self) -> Batch:
         """The batch in memory a CUDA device can copy from while the CPU goes on."""

@@ -24,6 +24,11 @@ class DatasetLearningSettings(LearningSettings):
     costs a second prediction each. It needs adapters beside the base: a full fine-tune has no
     untouched base left."""
 
+    timestep_sampling_offset: float = setting(0.0, ge=-10, le=10)
+    """Moves the noise levels that a flow model is trained at with these pictures, where they are
+    drawn mostly from the middle; below 0 to less noise, above to more, 1 is a standard
+    deviation."""
+
     alpha_as_mask: bool = setting(False)
     """Learn what is opaque: the transparency of a picture is its mask, and image_background still
     shows through it."""

@@ -300,6 +300,7 @@ class DataSource:
             "image_background": settings.image_background.lower(),
             "vae_cache_disable": str(settings.vae_cache_disable).lower(),
             "is_regularisation_data": str(settings.is_regularisation_data).lower(),
+            "timestep_sampling_offset": f"{settings.timestep_sampling_offset:g}",
             "masks": "alpha" if settings.alpha_as_mask else "none",
             "masked_loss_probability": (
                 f"{settings.masked_loss_probability:g}" if self.masked else "without effect"
@@ -327,6 +328,7 @@ class DataSource:
             occurrence=occurrence,
             masked=self.masked and seeds.uniform("masked loss", *draw) < chance,
             regularises=self.settings.is_regularisation_data,
+            timestep_offset=self.settings.timestep_sampling_offset,
         )
 
     def pixels(self, drawn: Sample | int) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ import torch
 from simpletuner.core.errors import ConfigError
 from simpletuner.core.types import Draw, to_device
 from simpletuner.diffusion.settings import DiffusionSettings
-from simpletuner.diffusion.timesteps import biased, flow_law
+from simpletuner.diffusion.timesteps import chances, flow_law
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 class Objective(Protocol):
     """Pure fp32 mathematics of one prediction type."""
 
-    def timesteps(self, u: Tensor, tokens: int) -> Tensor:
+    def timesteps(self, u: Tensor, tokens: int, offset: float = 0.0) -> Tensor:
         """The law: quantiles [B] in [0, 1) to timesteps [B], on the CPU.
 
         Args:
             u: [B], fp64.
             tokens: What the denoiser makes of each latent of the batch.
+            offset: Moves a logit-normal law, in standard deviations; below 0 to less noise.
         """
 
     def draw(
@@ -70,7 +71,7 @@ class VariancePreserving(ABC):
     abar: Tensor
     chances: Tensor | None = None
 
-    def timesteps(self, u: Tensor, tokens: int) -> Tensor:
+    def timesteps(self, u: Tensor, tokens: int, offset: float = 0.0) -> Tensor:
         """From 0 … T - 1, whatever the size: the inverse of the summed chances at each quantile."""
         if self.chances is None:
             return (u * len(self.abar)).long().clamp(max=len(self.abar) - 1)
@@ -185,14 +186,14 @@ class Flow:
     it. A timestep is 1000 sigma and need not be whole.
 
     Args:
-        law: Quantiles and token counts to sigma.
+        law: Quantiles, tokens and the offset to sigma.
     """
 
     law: Law
 
-    def timesteps(self, u: Tensor, tokens: int) -> Tensor:
+    def timesteps(self, u: Tensor, tokens: int, offset: float = 0.0) -> Tensor:
         """[B] fp64 in 0 … 1000."""
-        return 1000 * self.law(u, tokens)
+        return 1000 * self.law(u, tokens, offset)
 
     def draw(
         self, clean: Tensor, t: Tensor, noise: Tensor, perturbed: Tensor | None = None
@@ -255,7 +256,7 @@ def objective_of(
     own = {key: value for key, value in scheduler_config.items() if not key.startswith("_")}
     schedule = DDPMScheduler.from_config(own)
     abar = schedule.alphas_cumprod.float()
-    return kinds[prediction_type](abar, biased(settings or DiffusionSettings(), len(abar)))
+    return kinds[prediction_type](abar, chances(settings or DiffusionSettings(), len(abar)))
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from simpletuner.core.section import Section, setting
+from pydantic import field_validator
+
+from simpletuner.core.section import Section, items, setting
 from simpletuner.diffusion.losses import HUBER_SCHEDULES, LOSSES
 
 
@@ -71,14 +73,38 @@ class DiffusionSettings(Section):
     timestep_bias_multiplier: float = setting(1.0, gt=0)
     """How often a favoured timestep is drawn for once of another; below 1 they are avoided."""
 
-    training_scheduler_timestep_spacing: Literal["leading", "linspace", "trailing"] | None = (
-        setting(None, pending=True)
-    )
-    """How the training timesteps are spaced; without it, every timestep is as likely."""
+    refiner_training: bool = setting(False)
+    """Train an expert for the end of the sampling: only at the timesteps of least noise."""
+
+    refiner_training_strength: float = setting(0.2, gt=0, lt=1)
+    """The share of the schedule that refiner_training trains."""
+
+    refiner_training_invert_schedule: bool = setting(False)
+    """Train the other share of the schedule instead: the timesteps of most noise, which the base
+    model samples before a refiner takes over."""
+
+    disable_segmented_timestep_sampling: bool = setting(False)
+    """Draw each sample's timestep on its own, instead of one from each equal part of the schedule;
+    the loss varies more."""
 
     flow_schedule_shift: float = setting(3.0, ge=0)
     """Moves a flow model's training towards much noise; larger moves further, 1 or 0 not at all,
     between them towards little noise."""
+
+    flow_cubic_schedule_weights: tuple[float, ...] | None = setting(None, min_length=2)
+    """Draw a flow model's noise levels by a smooth curve through these weights, which stand at
+    equal distances from no noise to nothing but noise."""
+
+    flow_custom_timesteps: tuple[float, ...] | None = setting(None, min_length=1)
+    """Train a flow model at these timesteps alone: of 0 to 1000, or if all are at most 1, as shares
+    of noise. They are not shifted."""
+
+    flow_timesteps_mode: Literal["fixed-list", "round-robin"] = setting("fixed-list")
+    """Whether flow_custom_timesteps are drawn, or taken in their order."""
+
+    flux_fast_schedule: bool = setting(False)
+    """Train FLUX on the four timesteps that schnell samples at, on the first of them seven times as
+    often."""
 
     flow_schedule_auto_shift: bool = setting(False)
     """Take the shift from each picture's size instead of flow_schedule_shift: larger ones are
@@ -137,3 +163,30 @@ class DiffusionSettings(Section):
 
     scheduled_sampling_order: int = setting(2, pending=True, ge=1, le=9)
     """The order of that solver; higher is finer and costs more."""
+
+    @property
+    def flow_levels(self) -> tuple[float, ...]:
+        """The only noise levels that are trained, as shares of noise; empty for a whole range."""
+        if self.flux_fast_schedule:
+            return (1.0,) * 7 + (0.75, 0.5, 0.25)
+        chosen = self.flow_custom_timesteps or ()
+        return chosen if max(chosen, default=0) <= 1 else tuple(t / 1000 for t in chosen)
+
+    @field_validator("flow_cubic_schedule_weights", "flow_custom_timesteps", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return None if value is None else items(value)
+
+    @field_validator("flow_cubic_schedule_weights")
+    @classmethod
+    def _is_a_density(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and (min(value) < 0 or max(value) <= 0):
+            raise ValueError("weights are not below 0, and one of them is above")
+        return value
+
+    @field_validator("flow_custom_timesteps")
+    @classmethod
+    def _are_timesteps(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and not 0 <= min(value) <= max(value) <= 1000:
+            raise ValueError("timesteps are from 0 to 1000")
+        return value

@@ -6,12 +6,21 @@ composition of pure functions of the quantile, so that what is drawn stays strat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from simpletuner.diffusion.distributions import (
+    auto_shift,
+    beta_quantile,
+    cubic_quantile,
+    list_quantile,
+    logit_normal,
+    shifted,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +28,8 @@ if TYPE_CHECKING:
     from simpletuner.core.seeds import Seeds
     from simpletuner.diffusion.settings import DiffusionSettings
 
-    Law = Callable[[Tensor, int], Tensor]
-    """Quantiles [B] in [0, 1) and the tokens of each latent of the batch to sigma [B], fp64."""
+    Law = Callable[[Tensor, int, float], Tensor]
+    """Quantiles [B] in [0, 1), tokens and offset of the batch to sigma [B], fp64."""
 
 
 def quantiles(seeds: Seeds, step: int, total: int) -> Tensor:
@@ -43,6 +52,35 @@ def quantiles(seeds: Seeds, step: int, total: int) -> Tensor:
     return (order + inside) / total
 
 
+@dataclass(frozen=True)
+class Quantiles:
+    """Which quantiles of its law a window is trained at.
+
+    Args:
+        settings: Whether they are stratified, independent, or go through a list in turn.
+        seeds: Of the run.
+    """
+
+    settings: DiffusionSettings
+    seeds: Seeds
+
+    def __call__(self, step: int, total: int) -> Tensor:
+        """[N] fp64 on the CPU, for the N samples of optimizer step `step`."""
+        settings = self.settings
+        if settings.flow_timesteps_mode == "round-robin" and settings.flow_custom_timesteps:
+            return in_turn(step, total, len(settings.flow_custom_timesteps))
+        if settings.disable_segmented_timestep_sampling:
+            generator = self.seeds.generator("timestep", step)
+            return torch.rand(total, generator=generator, dtype=torch.float64)
+        return quantiles(self.seeds, step, total)
+
+
+def in_turn(step: int, total: int, count: int) -> Tensor:
+    """The quantiles [N] of N draws that go on through `count` equal shares, one after another."""
+    places = (step * total + torch.arange(total)) % count
+    return (places.double() + 0.5) / count
+
+
 def flow_law(settings: DiffusionSettings, scheduler_config: Mapping[str, Any]) -> Law:
     """How flow models draw their noise levels.
 
@@ -50,27 +88,39 @@ def flow_law(settings: DiffusionSettings, scheduler_config: Mapping[str, Any]) -
         settings: The spread over sigma, and the shift.
         scheduler_config: The checkpoint's own, for its shift by size.
     """
+    if settings.flow_levels:
+        listed = list_quantile(settings.flow_levels)
+        return lambda u, tokens, offset: listed(u)
     fixed = settings.flow_schedule_shift or 1.0
     by_size = partial(auto_shift, scheduler_config=scheduler_config)
-    alpha, beta = settings.flow_beta_schedule_alpha, settings.flow_beta_schedule_beta
-    by_beta = beta_quantile(alpha, beta) if settings.flow_use_beta_schedule else logit_normal
+    spread = _spread(settings)
 
-    def law(u: Tensor, tokens: int) -> Tensor:
-        sigma = u.double()
-        if settings.flow_use_beta_schedule:
-            sigma = by_beta(sigma)
-        elif not settings.flow_use_uniform_schedule:
-            sigma = logit_normal(sigma, settings.flow_sigmoid_scale)
+    def law(u: Tensor, tokens: int, offset: float) -> Tensor:
+        sigma = spread(u.double(), offset)
         return shifted(sigma, by_size(tokens) if settings.flow_schedule_auto_shift else fixed)
 
     return law
 
 
-def biased(settings: DiffusionSettings, count: int) -> Tensor | None:
+def _spread(settings: DiffusionSettings) -> Callable[[Tensor, float], Tensor]:
+    """Quantiles and the offset to sigma before the shift; only the logit-normal has an offset."""
+    if settings.flow_cubic_schedule_weights:
+        cubic = cubic_quantile(settings.flow_cubic_schedule_weights)
+        return lambda u, offset: cubic(u)
+    if settings.flow_use_beta_schedule:
+        beta = beta_quantile(settings.flow_beta_schedule_alpha, settings.flow_beta_schedule_beta)
+        return lambda u, offset: beta(u)
+    if settings.flow_use_uniform_schedule:
+        return lambda u, offset: u
+    return lambda u, offset: logit_normal(u, settings.flow_sigmoid_scale, offset)
+
+
+def chances(settings: DiffusionSettings, count: int) -> Tensor | None:
     """[count] fp64 how often each discrete timestep is drawn; None for all alike.
 
     Args:
-        settings: The part of the schedule that timestep_bias_strategy favours, and how much.
+        settings: The part of the schedule that timestep_bias_strategy favours, and how much; the
+            part that refiner_training leaves out.
         count: Steps of the training schedule.
     """
     strategy, part = settings.timestep_bias_strategy, int(settings.timestep_bias_portion * count)
@@ -79,65 +129,13 @@ def biased(settings: DiffusionSettings, count: int) -> Tensor | None:
         "later": slice(count - part, count),
         "range": slice(settings.timestep_bias_begin, settings.timestep_bias_end),
     }
-    if strategy not in places:
+    if strategy not in places and not settings.refiner_training:
         return None
-    chances = torch.ones(count, dtype=torch.float64)
-    chances[places[strategy]] = settings.timestep_bias_multiplier
-    return chances
-
-
-_KNOTS = 8193
-
-
-def beta_quantile(alpha: float, beta: float) -> Callable[[Tensor], Tensor]:
-    """The inverse of the Beta distribution's cumulative function, fp64, off by less than 1e-6.
-
-    With x = sin^2(a) the density over the angle is ``2 sin(a)^(2 alpha - 1) cos(a)^(2 beta - 1)``,
-    which has no poles for parameters of 1/2 and more; it is summed by Simpson's rule.
-
-    Args:
-        alpha: At least 1/2.
-        beta: The same.
-    """
-    fine = torch.linspace(0, math.pi / 2, 2 * _KNOTS - 1, dtype=torch.float64)
-    density = fine.sin().pow(2 * alpha - 1) * fine.cos().clamp_min(0).pow(2 * beta - 1)
-    areas = density[:-2:2] + 4 * density[1:-1:2] + density[2::2]
-    summed = torch.cat((areas.new_zeros(1), areas.cumsum(0)))
-    summed, angles = summed / summed[-1], fine[::2]
-
-    def quantile(u: Tensor) -> Tensor:
-        right = torch.searchsorted(summed, u.double(), right=True).clamp(1, _KNOTS - 1)
-        low, high = summed[right - 1], summed[right]
-        inside = (u.double() - low) / (high - low).clamp_min(1e-300)
-        angle = angles[right - 1] + inside * (angles[right] - angles[right - 1])
-        return angle.sin().square()
-
-    return quantile
-
-
-def logit_normal(u: Tensor, scale: float = 1.0) -> Tensor:
-    """The logistic function of a normal quantile (Esser et al. 2024, arXiv 2403.03206, 3.1).
-
-    Args:
-        u: [B] in 0 … 1, fp64.
-        scale: Standard deviation of the normal; larger reaches further to both ends.
-    """
-    return torch.sigmoid(scale * torch.special.ndtri(u))
-
-
-def shifted(sigma: Tensor, shift: float) -> Tensor:
-    """Sigma [B] moved towards 1 by a `shift` above 1 (Esser et al. 2024, 5.3.2)."""
-    return shift * sigma / (1 + (shift - 1) * sigma)
-
-
-def auto_shift(tokens: int, scheduler_config: Mapping[str, Any]) -> float:
-    """The shift for a latent of `tokens`: its logarithm is linear in them, and not clamped.
-
-    The two points of the line are the scheduler's own; without them FLUX.1's, which are what
-    diffusers' flow scheduler assumes.
-    """
-    near = scheduler_config.get("base_image_seq_len", 256)
-    far = scheduler_config.get("max_image_seq_len", 4096)
-    low = scheduler_config.get("base_shift", 0.5)
-    high = scheduler_config.get("max_shift", 1.15)
-    return math.exp(low + (high - low) * (tokens - near) / (far - near))
+    found = torch.ones(count, dtype=torch.float64)
+    if strategy in places:
+        found[places[strategy]] = settings.timestep_bias_multiplier
+    if settings.refiner_training:
+        split = round(settings.refiner_training_strength * count)
+        inverted = settings.refiner_training_invert_schedule
+        found[slice(0, split) if inverted else slice(split, count)] = 0
+    return found

@@ -89,6 +89,3 @@ class ModelSettings(Section):
 
     flux_attention_masked_training: bool = setting(False)
     """Keep FLUX from attending to the positions behind a caption's end."""
-
-    flux_fast_schedule: bool = setting(False, pending=True)
-    """Train FLUX on the few timesteps that schnell samples at."""

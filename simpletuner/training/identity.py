@@ -147,9 +147,16 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
         found["base_model_default_dtype"] = precision.base_model_default_dtype
     diffusion, flow = config.diffusion, family.prediction_type == "flow_matching"
     idle = {
-        "flow_schedule_shift": diffusion.flow_schedule_auto_shift,
+        "flow_schedule_shift": diffusion.flow_schedule_auto_shift or diffusion.flow_levels,
+        "flow_schedule_auto_shift": diffusion.flow_levels,
         "flow_sigmoid_scale": diffusion.flow_use_uniform_schedule
-        or diffusion.flow_use_beta_schedule,
+        or diffusion.flow_use_beta_schedule
+        or diffusion.flow_cubic_schedule_weights
+        or diffusion.flow_levels,
+        "flow_timesteps_mode": not diffusion.flow_custom_timesteps,
+        "flux_fast_schedule": "flux_fast_schedule" not in family.own_settings,
+        "refiner_training_strength": not diffusion.refiner_training,
+        "refiner_training_invert_schedule": not diffusion.refiner_training,
         "flow_beta_schedule_alpha": not diffusion.flow_use_beta_schedule,
         "flow_beta_schedule_beta": not diffusion.flow_use_beta_schedule,
         "huber_c": not LOSSES[diffusion.loss_type].fact("c", False),

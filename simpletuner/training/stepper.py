@@ -15,7 +15,7 @@ from simpletuner.core.types import to_device
 from simpletuner.diffusion.losses import Loss, per_sample
 from simpletuner.diffusion.noise import Noises
 from simpletuner.diffusion.objective import objective_of
-from simpletuner.diffusion.timesteps import quantiles
+from simpletuner.diffusion.timesteps import Quantiles
 from simpletuner.optim.schedules import learning_rate
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Stepper:
     family: Family
     weights: Weights
     objective: Objective
+    quantiles: Quantiles
     noises: Noises
     loss: Loss
     mask_normalize: bool
@@ -105,6 +106,7 @@ class Stepper:
             family=family,
             weights=weights,
             objective=objective,
+            quantiles=Quantiles(diffusion, seeds),
             noises=Noises(diffusion, seeds),
             loss=Loss.of(diffusion, objective),
             mask_normalize=diffusion.mask_normalize,
@@ -158,7 +160,7 @@ class Stepper:
 
     def draw(self, step: int, planned: PlannedBatch, batch: Batch) -> tuple[Batch, Draw]:
         """The batch on its device and its random corruption, drawn on the CPU and copied."""
-        u = quantiles(self.seeds, step, planned.window_samples)[list(planned.positions)]
+        u = self.quantiles(step, planned.window_samples)[list(planned.positions)]
         shape = tuple(batch.latents.shape[1:])
         drawn = self.noises.draw(batch.samples, planned.epoch, shape, step)
         told = self.family.drawn(batch.samples, planned.epoch, self.seeds)
@@ -169,7 +171,8 @@ class Stepper:
             None if each is None else to_device(each, self.place.device) for each in drawn
         )
         assert noise is not None, "only what the denoiser sees in its place may be absent"
-        t = self.objective.timesteps(u, self.family.tokens(batch.latents))
+        tokens = self.family.tokens(batch.latents)
+        t = self.objective.timesteps(u, tokens, batch.timestep_offset)
         return batch, self.objective.draw(batch.latents, t, noise, perturbed)
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import field_validator
 
-from simpletuner.core.section import Section, setting
+from simpletuner.core.section import Section, items, setting
 
 _PAIR = re.compile(r"(\d+)\s*[xX×]\s*(\d+)")
 _MOST_MEGAPIXELS = 16
@@ -163,21 +162,12 @@ class ValidationSettings(Section):
     @field_validator("validation_resolution", mode="before")
     @classmethod
     def _sizes(cls, value: object) -> tuple[tuple[int, int], ...]:
-        return tuple(_size(item) for item in _items(value))
+        return tuple(_size(item) for item in items(value))
 
     @field_validator("validation_guidance_skip_layers", mode="before")
     @classmethod
     def _layers(cls, value: object) -> object:
-        return _items(value) if isinstance(value, str | int) else value
-
-
-def _items(value: object) -> list[Any]:
-    """A list as itself, a JSON list or text with commas as its parts, anything else alone."""
-    if isinstance(value, str):
-        if value.lstrip().startswith("["):
-            return list(json.loads(value))
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return list(value) if isinstance(value, list | tuple) else [value]
+        return items(value) if isinstance(value, str | int) else value
 
 
 def _size(item: object) -> tuple[int, int]:

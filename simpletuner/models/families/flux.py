@@ -92,6 +92,7 @@ class Flux(Family):
     )
     prediction_types = ("flow_matching",)
     own_settings = (
+        "flux_fast_schedule",
         "tokenizer_max_length",
         "t5_padding",
         *_GUIDANCE_SETTINGS,

@@ -75,7 +75,7 @@ def test_a_setting_of_flow_matching_that_another_makes_useless_is_refused(
     assert "flow_schedule_auto_shift takes the shift from the size" in problem.message
     place.config(model_family="sd3", flow_sigmoid_scale=2, flow_use_uniform_schedule=True)
     (problem,) = place.problems()
-    assert "flow_use_uniform_schedule draws all noise levels alike" in problem.message
+    assert "flow_use_uniform_schedule says which noise levels are drawn" in problem.message
     place.config(model_family="sd3", flow_schedule_shift=3, flow_schedule_auto_shift=True)
     assert place.messages() == []
 
@@ -253,6 +253,39 @@ def test_settings_of_flow_matching_are_not_swallowed_by_other_families(place: Wo
     ]
     place.config(model_family="sd3", flow_schedule_shift=1.0)
     assert place.messages() == []
+
+
+def test_noise_levels_are_drawn_by_one_law(place: Workplace) -> None:
+    flow = {"model_family": "sd3"}
+    place.config(**flow, flow_custom_timesteps="900,100", flow_schedule_shift=2)
+    assert place.messages() == [
+        "flow_schedule_shift: flow_custom_timesteps is not shifted, so this changes nothing; remove"
+        " one of the two"
+    ]
+    place.config(**flow, flow_cubic_schedule_weights="[1, 2]", flow_use_beta_schedule=True)
+    assert place.messages() == [
+        "flow_use_beta_schedule: flow_cubic_schedule_weights says which noise levels are drawn, so"
+        " this changes nothing; remove one of the two"
+    ]
+    place.config(**flow, flow_timesteps_mode="round-robin")
+    assert place.messages() == [
+        "flow_timesteps_mode: changes nothing without flow_custom_timesteps; set that, or remove"
+        " this"
+    ]
+    place.config(**flow, flow_cubic_schedule_weights="1, 2, 0.5", flow_schedule_auto_shift=True)
+    assert place.messages() == []
+    place.config(model_family="flux", flux_fast_schedule=True)
+    assert place.messages() == []
+    place.config(**flow, refiner_training=True)
+    assert place.messages() == [
+        "refiner_training: sd3 is trained by flow matching, which has no use for it;"
+        " flow_custom_timesteps names the timesteps to train"
+    ]
+    place.config(refiner_training_strength=0.5)
+    assert place.messages() == [
+        "refiner_training_strength: changes nothing without refiner_training true; set that, or"
+        " remove this"
+    ]
 
 
 def test_samples_are_weighed_by_their_noise_in_one_way(place: Workplace) -> None:

@@ -238,6 +238,23 @@ def test_regularisation_alone_teaches_nothing(place: Workplace) -> None:
     assert (first.is_regularisation_data, second.is_regularisation_data) == (False, True)
 
 
+def test_noise_levels_are_moved_only_where_their_law_can_be(place: Workplace) -> None:
+    moved = {**PICTURES, "timestep_sampling_offset": -0.5}
+    place.datasets("", moved)
+    assert place.messages() == [
+        "timestep_sampling_offset: sdxl is not trained by flow matching, so it changes nothing;"
+        " remove it"
+    ]
+    place.config(model_family="sd3")
+    assert place.messages() == []
+    assert place.load().datasets.training[0].timestep_sampling_offset == -0.5
+    place.config(model_family="sd3", flow_use_beta_schedule=True)
+    assert place.messages() == [
+        "timestep_sampling_offset: flow_use_beta_schedule says which noise levels are drawn, so"
+        " this changes nothing; remove it"
+    ]
+
+
 def test_the_share_of_masked_visits_is_inherited(place: Workplace) -> None:
     place.config(masked_loss_probability=0.25)
     place.datasets("", PICTURES, {**PICTURES, "id": "b", "masked_loss_probability": 1})

@@ -50,6 +50,7 @@ HERE: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
             "crop_aspect": "closest",
             "crop_aspect_buckets": [2.0],
         },
+        "timestep_sampling_offset": {"timestep_sampling_offset": -0.5},
         "crop_style": {"crop": True, "crop_style": "corner"},
         "caption_strategy": {"caption_strategy": "textfile"},
         "instance_prompt": {"caption_strategy": "instanceprompt", "instance_prompt": "sks"},

@@ -19,7 +19,7 @@ UNIFORM = {"flow_use_uniform_schedule": True}
 
 
 def sigma_of(u: torch.Tensor, tokens: int = 1024, **settings: Any) -> torch.Tensor:
-    return flow_law(DiffusionSettings(**settings), {})(u, tokens)
+    return flow_law(DiffusionSettings(**settings), {})(u, tokens, 0.0)
 
 
 def flow(**settings: Any) -> Objective:
@@ -95,7 +95,7 @@ def test_the_shift_by_size_is_the_published_one(px: int, flux: float, qwen: floa
 
 def test_the_shift_by_size_wins_over_the_fixed_one_and_is_the_schedulers_own() -> None:
     settings = DiffusionSettings(flow_schedule_auto_shift=True, flow_schedule_shift=4, **UNIFORM)
-    large, small = (flow_law(settings, QWEN)(SIGMAS, tokens) for tokens in (4096, 256))
+    large, small = (flow_law(settings, QWEN)(SIGMAS, tokens, 0.0) for tokens in (4096, 256))
 
     assert torch.equal(large, shifted(SIGMAS, auto_shift(4096, QWEN)))
     assert torch.equal(small, shifted(SIGMAS, auto_shift(256, QWEN)))

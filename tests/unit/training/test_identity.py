@@ -290,6 +290,32 @@ BF16 = MappingProxyType({"mixed_precision": "bf16"})
         ),
         ("sd3", {}, {"flow_schedule_shift": 1}, "flow_schedule_shift: was 3, now 1"),
         ("sd3", {}, {"flow_sigmoid_scale": 2}, "flow_sigmoid_scale: was 1, now 2"),
+        (
+            "sd3",
+            {},
+            {"flow_cubic_schedule_weights": [1, 2]},
+            "flow_cubic_schedule_weights: was none, now (1.0, 2.0); flow_sigmoid_scale: was 1, now"
+            " unused",
+        ),
+        (
+            "sd3",
+            {"flow_custom_timesteps": [900, 100]},
+            {"flow_custom_timesteps": [900, 100], "flow_timesteps_mode": "round-robin"},
+            "flow_timesteps_mode: was fixed-list, now round-robin",
+        ),
+        (
+            "sdxl",
+            {},
+            {"refiner_training": True},
+            "refiner_training: was false, now true; refiner_training_invert_schedule: was unused,"
+            " now false; refiner_training_strength: was unused, now 0.2",
+        ),
+        (
+            "sdxl",
+            {},
+            {"disable_segmented_timestep_sampling": True},
+            "disable_segmented_timestep_sampling: was false, now true",
+        ),
         ("flux", {}, {"flux_guidance_value": 3.5}, "flux_guidance_value: was 1, now 3.5"),
         (
             "flux",
