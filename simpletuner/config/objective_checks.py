@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from simpletuner.config.flat import SETTINGS
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.core.errors import Problem
-from simpletuner.diffusion.losses import LOSSES
+from simpletuner.diffusion.needs import idle
 from simpletuner.models.families import FAMILIES
 
 
@@ -35,6 +35,7 @@ def noise_of_family(run: Proposal) -> Iterator[Problem]:
         ("use_soft_min_snr", "flow_sigmoid_scale and flow_schedule_shift weigh noise levels"),
         ("offset_noise", "remove it"),
         ("timestep_bias_strategy", "flow_schedule_shift moves training along the schedule"),
+        ("diff2flow_enabled", "remove it"),
         ("refiner_training", "flow_custom_timesteps names the timesteps to train"),
     ):
         if run.says(key) not in (None, SETTINGS[key].field.default):
@@ -62,6 +63,44 @@ FLOW_LAWS = (
 """What takes the place of the logit-normal law of noise levels; the first two are not shifted."""
 
 
+def min_snr_of_flow(run: Proposal) -> Iterator[Problem]:
+    """Flow matching weighs samples by its target."""
+    for key in ("snr_gamma", "use_soft_min_snr"):
+        if run.values["diff2flow_loss"] and run.asks(key):
+            yield run.problem(
+                key, "diff2flow_loss weighs samples by their noise itself; remove one of the two"
+            )
+
+
+def one_change_of_the_input(run: Proposal) -> Iterator[Problem]:
+    """What the model sees beside its target is changed in one way."""
+    if run.values["scheduled_sampling_max_step_offset"] and run.asks("input_perturbation"):
+        yield run.problem(
+            "input_perturbation",
+            "scheduled_sampling_max_step_offset already shows the model errors, which are its own;"
+            " remove one of the two",
+        )
+
+
+def rollout_happens(run: Proposal) -> Iterator[Problem]:
+    """A rollout has a share of the samples, by one of two ways to say it."""
+    values = run.values
+    ramp = values["scheduled_sampling_ramp_steps"]
+    if ramp and run.asks("scheduled_sampling_probability"):
+        yield run.problem(
+            "scheduled_sampling_probability",
+            "with scheduled_sampling_ramp_steps the share goes from scheduled_sampling_prob_start"
+            " to scheduled_sampling_prob_end, so this changes nothing; remove it",
+        )
+    if values["scheduled_sampling_max_step_offset"] and not (
+        ramp or values["scheduled_sampling_probability"]
+    ):
+        yield run.problem(
+            "scheduled_sampling_max_step_offset",
+            "changes nothing: no sample is rolled out; set scheduled_sampling_probability",
+        )
+
+
 def flow_settings_agree(run: Proposal) -> Iterator[Problem]:
     """No setting of flow matching makes another one useless."""
     chosen = [key for key in FLOW_LAWS if run.values[key]]
@@ -81,57 +120,23 @@ def flow_settings_agree(run: Proposal) -> Iterator[Problem]:
 
 def settings_that_need_another(run: Proposal) -> Iterator[Problem]:
     """What only says how something is done is asked together with it."""
+    guided = run.values["flux_guidance_mode"]
+    needs = list(idle(run.values))
+    if guided != "random-range":
+        ends = ("flux_guidance_min", "flux_guidance_max")
+        needs += [(key, "flux_guidance_mode random-range") for key in ends]
+    if guided != "constant":
+        needs.append(("flux_guidance_value", "flux_guidance_mode constant"))
+    for key, what in needs:
+        if run.asks(key):
+            yield run.problem(key, f"changes nothing without {what}; set that, or remove this")
+
+
+def ranges_have_a_width(run: Proposal) -> Iterator[Problem]:
+    """A range begins before it ends."""
     values = run.values
-    rounded = values["loss_type"] in LOSSES and LOSSES[values["loss_type"]].fact("c", False)
-    part = values["timestep_bias_strategy"]
-    for keys, there, what in (
-        (("huber_c", "huber_schedule"), rounded, "loss_type huber or smooth_l1"),
-        (("noise_offset", "noise_offset_probability"), values["offset_noise"], "offset_noise true"),
-        (("input_perturbation_steps",), values["input_perturbation"], "input_perturbation"),
-        (
-            ("flow_beta_schedule_alpha", "flow_beta_schedule_beta"),
-            values["flow_use_beta_schedule"],
-            "flow_use_beta_schedule true",
-        ),
-        (("soft_min_snr_sigma_data",), values["use_soft_min_snr"], "use_soft_min_snr true"),
-        (
-            ("flux_guidance_min", "flux_guidance_max"),
-            values["flux_guidance_mode"] == "random-range",
-            "flux_guidance_mode random-range",
-        ),
-        (
-            ("flux_guidance_value",),
-            values["flux_guidance_mode"] == "constant",
-            "flux_guidance_mode constant",
-        ),
-        (
-            ("refiner_training_strength", "refiner_training_invert_schedule"),
-            values["refiner_training"],
-            "refiner_training true",
-        ),
-        (("flow_timesteps_mode",), values["flow_custom_timesteps"], "flow_custom_timesteps"),
-        (
-            ("disable_segmented_timestep_sampling",),
-            values["flow_timesteps_mode"] == "fixed-list",
-            "flow_timesteps_mode fixed-list",
-        ),
-        (("timestep_bias_multiplier",), part != "none", "a timestep_bias_strategy"),
-        (
-            ("timestep_bias_portion",),
-            part in ("earlier", "later"),
-            "timestep_bias_strategy earlier or later",
-        ),
-        (
-            ("timestep_bias_begin", "timestep_bias_end"),
-            part == "range",
-            "timestep_bias_strategy range",
-        ),
-    ):
-        for key in keys:
-            if run.asks(key) and not there:
-                yield run.problem(key, f"changes nothing without {what}; set that, or remove this")
     for low, high, there in (
-        ("timestep_bias_begin", "timestep_bias_end", part == "range"),
+        ("timestep_bias_begin", "timestep_bias_end", values["timestep_bias_strategy"] == "range"),
         ("flux_guidance_min", "flux_guidance_max", values["flux_guidance_mode"] != "constant"),
     ):
         if there and values[low] >= values[high]:
@@ -142,6 +147,10 @@ OF_THE_OBJECTIVE: tuple[Check, ...] = (
     flow_of_family,
     noise_of_family,
     one_min_snr,
+    min_snr_of_flow,
+    one_change_of_the_input,
+    rollout_happens,
     flow_settings_agree,
     settings_that_need_another,
+    ranges_have_a_width,
 )

@@ -160,6 +160,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def wide(values: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, …] on the device of `like` [B, …]."""
+    moved = to_device(values, like.device)
+    return moved.view(-1, *[1] * (like.ndim - 1))
+
+
 def _cast(embeds: Embeds, dtype: torch.dtype) -> Embeds:
     """`embeds` with its floating tensors in `dtype`."""
 

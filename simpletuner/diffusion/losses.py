@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from simpletuner.core.table import Row, Table
+from simpletuner.core.types import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,6 +97,7 @@ class Loss:
     huber_c: float
     gamma: float | None
     soft: bool
+    flow: bool
     objective: Objective
 
     @classmethod
@@ -108,6 +110,7 @@ class Loss:
             settings.huber_c,
             settings.soft_min_snr_sigma_data**-2 if soft else settings.snr_gamma,
             soft,
+            settings.diff2flow_enabled and settings.diff2flow_loss,
             objective,
         )
 
@@ -115,7 +118,9 @@ class Loss:
         """[B, C, *S] fp32."""
         c = self.c(self.huber_c, draw, self.objective)
         off = prediction - draw.target
-        return self.make(off, c.view(-1, *[1] * (off.ndim - 1)))
+        if self.flow:
+            off = off * wide(self.objective.flow_ratio(draw), off)
+        return self.make(off, wide(c, off))
 
     def weights(self, draw: Draw) -> Tensor:
         """[B] the objective's own weights, times min-SNR (Hang et al. 2023, arXiv 2303.09556).

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from simpletuner.core.errors import ConfigError
-from simpletuner.core.types import Draw, to_device
+from simpletuner.core.types import Draw, to_device, wide
 from simpletuner.diffusion.settings import DiffusionSettings
 from simpletuner.diffusion.timesteps import chances, flow_law
 
@@ -50,6 +50,20 @@ class Objective(Protocol):
     def shares(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """The shares of the clean latent and of the noise in ``draw.noisy``, [B] each."""
 
+    @property
+    def last(self) -> int:
+        """The timestep of most noise."""
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`shares` of CPU timesteps `t` [B], in fp64 on the CPU."""
+
+    def flow_ratio(self, draw: Draw) -> Tensor:
+        """[B] how far off ``noise - x0`` is for a prediction that is off by one.
+
+        The noisy latent and the prediction give noise and x0, each in a line (Schusterbauer et al.
+        2025, arXiv 2506.02221).
+        """
+
     def min_snr(self, draw: Draw, gamma: float, soft: bool = False) -> Tensor:
         """[B] what min-SNR makes of each sample's weight: less where there is little noise.
 
@@ -83,9 +97,9 @@ class VariancePreserving(ABC):
     ) -> Draw:
         """See Objective."""
         abar = self.abar[t]
-        signal = _wide(abar.sqrt(), clean)
+        signal = wide(abar.sqrt(), clean)
         sigma = to_device((1 - abar).sqrt(), clean.device)
-        spread = _wide(sigma, clean)
+        spread = wide(sigma, clean)
         return Draw(
             noisy=signal * clean + spread * (noise if perturbed is None else perturbed),
             target=self.target(clean, noise, signal, spread),
@@ -98,7 +112,7 @@ class VariancePreserving(ABC):
     def mix(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """`shares` as [B, 1, …]."""
         signal, spread = self.shares(draw)
-        return _wide(signal, draw.noisy), _wide(spread, draw.noisy)
+        return wide(signal, draw.noisy), wide(spread, draw.noisy)
 
     def shares(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """See Objective.
@@ -107,6 +121,21 @@ class VariancePreserving(ABC):
         """
         abar = to_device(self.abar, draw.noisy.device)[draw.timestep.long()]
         return abar.sqrt(), (1 - abar).sqrt()
+
+    @property
+    def last(self) -> int:
+        """See Objective."""
+        return len(self.abar) - 1
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """See Objective."""
+        abar = self.abar[t].double()
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def flow_ratio(self, draw: Draw) -> Tensor:
+        """See Objective."""
+        signal, spread = self.shares(draw)
+        return self.ratio(signal, spread)
 
     def min_snr(self, draw: Draw, gamma: float, soft: bool = False) -> Tensor:
         """See Objective; the weight of the x0 loss that equals the loss of this prediction.
@@ -124,6 +153,10 @@ class VariancePreserving(ABC):
         """signal^2 over what turns an x0 loss into this one; given both squares, [B] each."""
 
     @abstractmethod
+    def ratio(self, signal: Tensor, spread: Tensor) -> Tensor:
+        """`flow_ratio` of the shares, [B] each."""
+
+    @abstractmethod
     def target(self, clean: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
         """What the denoiser should answer; `signal` and `spread` are [B, 1, …]."""
 
@@ -138,6 +171,10 @@ class Epsilon(VariancePreserving):
     def share(self, signal: Tensor, spread: Tensor) -> Tensor:
         """The x0 loss is the noise loss over the SNR, so ``min(SNR, gamma) / SNR``."""
         return spread
+
+    def ratio(self, signal: Tensor, spread: Tensor) -> Tensor:
+        """x0 is off by spread / signal as much, the other way."""
+        return (signal + spread) / signal
 
     def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
         """``(noisy - sqrt(1 - abar) eps) / sqrt(abar)``; not finite where abar is 0."""
@@ -156,6 +193,10 @@ class Clean(VariancePreserving):
         """It is the x0 loss, so ``min(SNR, gamma)``."""
         return signal
 
+    def ratio(self, signal: Tensor, spread: Tensor) -> Tensor:
+        """The noise is off by signal / spread as much, the other way."""
+        return (signal + spread) / spread
+
     def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
         """The prediction."""
         return prediction
@@ -171,6 +212,10 @@ class Velocity(VariancePreserving):
     def share(self, signal: Tensor, spread: Tensor) -> Tensor:
         """The x0 loss is the v loss over SNR + 1, so ``min(SNR, gamma) / (SNR + 1)``."""
         return signal * spread
+
+    def ratio(self, signal: Tensor, spread: Tensor) -> Tensor:
+        """The noise is off by the signal's share, x0 by the spread the other way."""
+        return signal + spread
 
     def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
         """``sqrt(abar) noisy - sqrt(1 - abar) v``."""
@@ -200,7 +245,7 @@ class Flow:
     ) -> Draw:
         """See Objective."""
         sigma = to_device((t / 1000).float(), clean.device)
-        share, x0 = _wide(sigma, clean), clean.float()
+        share, x0 = wide(sigma, clean), clean.float()
         return Draw(
             noisy=(1 - share) * x0 + share * (noise if perturbed is None else perturbed),
             target=noise - x0,
@@ -212,11 +257,25 @@ class Flow:
 
     def clean(self, draw: Draw, prediction: Tensor) -> Tensor:
         """``noisy - sigma prediction``."""
-        return draw.noisy - _wide(draw.sigma, draw.noisy) * prediction
+        return draw.noisy - wide(draw.sigma, draw.noisy) * prediction
 
     def shares(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """See Objective."""
         return 1 - draw.sigma, draw.sigma
+
+    @property
+    def last(self) -> int:
+        """See Objective."""
+        return 1000
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """See Objective."""
+        sigma = t.double() / 1000
+        return 1 - sigma, sigma
+
+    def flow_ratio(self, draw: Draw) -> Tensor:
+        """1."""
+        return torch.ones_like(draw.sigma)
 
     def min_snr(self, draw: Draw, gamma: float, soft: bool = False) -> Tensor:
         """1: the settings refuse it for flow matching, whose law of noise does that work."""
@@ -257,9 +316,3 @@ def objective_of(
     schedule = DDPMScheduler.from_config(own)
     abar = schedule.alphas_cumprod.float()
     return kinds[prediction_type](abar, chances(settings or DiffusionSettings(), len(abar)))
-
-
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """[B] as [B, 1, …] on the device of `like`."""
-    moved = to_device(values, like.device)
-    return moved.view(-1, *[1] * (like.ndim - 1))

@@ -125,44 +125,47 @@ class DiffusionSettings(Section):
     flow_beta_schedule_beta: float = setting(2.0, ge=0.5)
     """The Beta distribution's β; larger draws less noise."""
 
-    diff2flow_enabled: bool = setting(False, pending=True)
-    """Bridge an ε- or v-predicting model to flow matching."""
+    diff2flow_enabled: bool = setting(False)
+    """Train a model that predicts noise, v or the clean latent as if it were one of flow matching;
+    goes with diff2flow_loss."""
 
-    diff2flow_loss: bool = setting(False, pending=True)
-    """Take the loss on the flow target of the bridge."""
+    diff2flow_loss: bool = setting(False)
+    """Take the loss on the flow target that the prediction implies: for noise predictions, what has
+    much noise weighs more."""
 
-    scheduled_sampling_max_step_offset: int = setting(0, pending=True, ge=0, unit="timesteps")
-    """How far back a training input is rolled out by the model itself; larger costs more, 0 is
-    off."""
+    scheduled_sampling_max_step_offset: int = setting(0, ge=0, lt=1000, unit="timesteps")
+    """From how far back the model makes training inputs itself, one prediction for each timestep;
+    larger costs more, 0 is off."""
 
     scheduled_sampling_strategy: Literal["uniform", "biased_early", "biased_late"] = setting(
-        "uniform", pending=True
+        "uniform"
     )
-    """How the length of a rollout is drawn."""
+    """How the length of a rollout is drawn: all alike, mostly short ones, or mostly long ones."""
 
-    scheduled_sampling_probability: float = setting(0.0, pending=True, ge=0, le=1)
+    scheduled_sampling_probability: float = setting(0.0, ge=0, le=1)
     """The share of samples that are rolled out."""
 
-    scheduled_sampling_prob_start: float = setting(0.0, pending=True, ge=0, le=1)
-    """The share where the ramp begins."""
+    scheduled_sampling_ramp_steps: int = setting(0, ge=0, unit="optimizer steps")
+    """Over so many steps the share goes from scheduled_sampling_prob_start to
+    scheduled_sampling_prob_end; 0 keeps scheduled_sampling_probability throughout."""
 
-    scheduled_sampling_prob_end: float = setting(0.5, pending=True, ge=0, le=1)
-    """The share where the ramp ends."""
+    scheduled_sampling_prob_start: float = setting(0.0, ge=0, le=1)
+    """The share before the ramp."""
 
-    scheduled_sampling_ramp_steps: int = setting(0, pending=True, ge=0, unit="optimizer steps")
-    """The length of the ramp; 0 keeps scheduled_sampling_probability throughout."""
+    scheduled_sampling_prob_end: float = setting(0.5, ge=0, le=1)
+    """The share after the ramp."""
 
-    scheduled_sampling_start_step: int = setting(0, pending=True, ge=0, unit="optimizer steps")
+    scheduled_sampling_start_step: int = setting(0, ge=0, unit="optimizer steps")
     """When the ramp begins."""
 
-    scheduled_sampling_ramp_shape: Literal["linear", "cosine"] = setting("linear", pending=True)
+    scheduled_sampling_ramp_shape: Literal["linear", "cosine"] = setting("linear")
     """The curve of the ramp."""
 
-    scheduled_sampling_sampler: Literal["unipc", "euler", "dpm"] = setting("unipc", pending=True)
+    scheduled_sampling_sampler: Literal["unipc", "euler", "dpm"] = setting("unipc")
     """The solver of the rollout."""
 
-    scheduled_sampling_order: int = setting(2, pending=True, ge=1, le=9)
-    """The order of that solver; higher is finer and costs more."""
+    scheduled_sampling_order: int = setting(2, ge=1, le=2)
+    """The order of unipc or dpm; 2 also heeds the prediction before the last."""
 
     @property
     def flow_levels(self) -> tuple[float, ...]:

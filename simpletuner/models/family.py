@@ -176,6 +176,22 @@ class Family(ABC):
         """The noise schedule that is trained: the checkpoint's with what the user changes of it."""
         return MappingProxyType({**self.checkpoint.scheduler_config, **self._scheduler_changes})
 
+    def sampler_usage(self) -> list[str]:
+        """Lines of Python that give a stock pipeline ``pipe`` the schedule that was trained."""
+        has = {"prediction_type": self.prediction_types[0], **self.checkpoint.scheduler_config}
+        changes = [
+            f", {key}={value!r}"
+            for key, value in self._scheduler_changes.items()
+            if has.get(key) != value
+        ]
+        if not changes:
+            return []
+        cls = type(self.scheduler()).__name__
+        return [
+            f"from diffusers import {cls}",
+            f"pipe.scheduler = {cls}.from_config(pipe.scheduler.config{''.join(changes)})",
+        ]
+
     @property
     def _scheduler_changes(self) -> Mapping[str, Any]:
         changes: dict[str, Any] = {"prediction_type": self.prediction_type}

@@ -16,7 +16,7 @@ import torch
 
 from simpletuner.core.errors import DataError, TrainingError
 from simpletuner.core.section import hint_of
-from simpletuner.diffusion.losses import LOSSES
+from simpletuner.diffusion.needs import idle
 from simpletuner.optim.build import options_of
 from simpletuner.optim.schedules import SCHEDULES
 from simpletuner.training.state import TrainState
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from simpletuner.core.types import Place
     from simpletuner.data.plan import BatchPlan
     from simpletuner.data.source import DataSource
+    from simpletuner.diffusion.settings import DiffusionSettings
     from simpletuner.models.family import Family
     from simpletuner.optim.settings import OptimizerSettings
 
@@ -146,36 +147,31 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
     if precision.mixed_precision != "no":
         found["base_model_default_dtype"] = precision.base_model_default_dtype
     diffusion, flow = config.diffusion, family.prediction_type == "flow_matching"
-    idle = {
-        "flow_schedule_shift": diffusion.flow_schedule_auto_shift or diffusion.flow_levels,
-        "flow_schedule_auto_shift": diffusion.flow_levels,
-        "flow_sigmoid_scale": diffusion.flow_use_uniform_schedule
-        or diffusion.flow_use_beta_schedule
-        or diffusion.flow_cubic_schedule_weights
-        or diffusion.flow_levels,
-        "flow_timesteps_mode": not diffusion.flow_custom_timesteps,
-        "flux_fast_schedule": "flux_fast_schedule" not in family.own_settings,
-        "refiner_training_strength": not diffusion.refiner_training,
-        "refiner_training_invert_schedule": not diffusion.refiner_training,
-        "flow_beta_schedule_alpha": not diffusion.flow_use_beta_schedule,
-        "flow_beta_schedule_beta": not diffusion.flow_use_beta_schedule,
-        "huber_c": not LOSSES[diffusion.loss_type].fact("c", False),
-        "huber_schedule": not LOSSES[diffusion.loss_type].fact("c", False),
-        "snr_gamma": diffusion.use_soft_min_snr,
-        "soft_min_snr_sigma_data": not diffusion.use_soft_min_snr,
-        "noise_offset": not diffusion.offset_noise,
-        "noise_offset_probability": not diffusion.offset_noise,
-        "input_perturbation_steps": not diffusion.input_perturbation,
-        **dict.fromkeys(
-            (name for name in type(diffusion).model_fields if name.startswith("timestep_bias_")),
-            diffusion.timestep_bias_strategy == "none",
-        ),
-    }
+    unused = {name for name, _ in idle(dict(diffusion))} | _overruled(diffusion)
+    if "flux_fast_schedule" not in family.own_settings:
+        unused.add("flux_fast_schedule")
     for name, field in type(diffusion).model_fields.items():
         of_flow = name.startswith("flow_")
-        if hint_of(field).pending is not True and (flow or not of_flow) and not idle.get(name):
+        if hint_of(field).pending is not True and (flow or not of_flow) and name not in unused:
             found[name] = dict(diffusion)[name]
     return _plain(found)
+
+
+def _overruled(diffusion: DiffusionSettings) -> set[str]:
+    """What another setting of the objective takes the place of."""
+    by_a_law = (
+        diffusion.flow_levels
+        or diffusion.flow_cubic_schedule_weights
+        or diffusion.flow_use_beta_schedule
+        or diffusion.flow_use_uniform_schedule
+    )
+    overruled = {
+        "snr_gamma": diffusion.use_soft_min_snr,
+        "flow_sigmoid_scale": by_a_law,
+        "flow_schedule_shift": diffusion.flow_schedule_auto_shift or diffusion.flow_levels,
+        "flow_schedule_auto_shift": diffusion.flow_levels,
+    }
+    return {name for name, by in overruled.items() if by}
 
 
 def _optimizer_settings(optimizer: OptimizerSettings, total_steps: int) -> dict[str, Any]:

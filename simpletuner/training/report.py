@@ -175,7 +175,7 @@ class Report:
         base = (
             checkpoint.folder if embedded_folder(named) else named
         )  # diffusers knows no such name
-        lines = self._trainable.usage(str(base), self._folder.root)
+        lines = self._trainable.usage(str(base), self._folder.root) + self._family.sampler_usage()
         return ["use them:", *(f"  {line}" for line in lines)]
 
 

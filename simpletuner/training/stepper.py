@@ -15,6 +15,7 @@ from simpletuner.core.types import to_device
 from simpletuner.diffusion.losses import Loss, per_sample
 from simpletuner.diffusion.noise import Noises
 from simpletuner.diffusion.objective import objective_of
+from simpletuner.diffusion.rollout import Rollout
 from simpletuner.diffusion.timesteps import Quantiles
 from simpletuner.optim.schedules import learning_rate
 
@@ -71,6 +72,7 @@ class Stepper:
     objective: Objective
     quantiles: Quantiles
     noises: Noises
+    rollout: Rollout
     loss: Loss
     mask_normalize: bool
     prior_loss_weight: float
@@ -108,6 +110,7 @@ class Stepper:
             objective=objective,
             quantiles=Quantiles(diffusion, seeds),
             noises=Noises(diffusion, seeds),
+            rollout=Rollout(diffusion, objective, seeds),
             loss=Loss.of(diffusion, objective),
             mask_normalize=diffusion.mask_normalize,
             prior_loss_weight=diffusion.prior_loss_weight,
@@ -140,11 +143,11 @@ class Stepper:
         Sums the samples' losses by their plan weights and divides by the samples of the whole
         window, so that the gradients of all micro-batches add up to the exact mean.
         """
-        batch, draw = self.draw(step, planned, batch)
+        batch, draw = self.draw(step, micro, planned, batch)
         if batch.regularises:
             with self.weights.trainable.disabled(), torch.no_grad():
-                draw = replace(draw, target=self._predict(step, micro, draw, batch))
-        errors = self.loss.errors(self._predict(step, micro, draw, batch), draw)
+                draw = replace(draw, target=self._predict(step, micro, batch, draw))
+        errors = self.loss.errors(self._predict(step, micro, batch, draw), draw)
         losses = per_sample(errors, batch.mask, normalise=self.mask_normalize)
         losses = losses * self.loss.weights(draw)
         if batch.regularises:
@@ -152,13 +155,15 @@ class Stepper:
         weights = to_device(torch.tensor(planned.weights), self.place.device)
         return (losses * weights).sum() * (self.place.world / planned.window_samples)
 
-    def _predict(self, step: int, micro: int, draw: Draw, batch: Batch) -> Tensor:
+    def _predict(self, step: int, micro: int, batch: Batch, draw: Draw) -> Tensor:
         """[B, C, *S] fp32, what the model says; the same each time it is asked in a step."""
         self.seeds.reseed_torch("step", step, micro, self.place.rank)
         with self._autocast():
             return self.weights.trainable.predict(self.family, draw, batch).float()
 
-    def draw(self, step: int, planned: PlannedBatch, batch: Batch) -> tuple[Batch, Draw]:
+    def draw(
+        self, step: int, micro: int, planned: PlannedBatch, batch: Batch
+    ) -> tuple[Batch, Draw]:
         """The batch on its device and its random corruption, drawn on the CPU and copied."""
         u = self.quantiles(step, planned.window_samples)[list(planned.positions)]
         shape = tuple(batch.latents.shape[1:])
@@ -173,6 +178,10 @@ class Stepper:
         assert noise is not None, "only what the denoiser sees in its place may be absent"
         tokens = self.family.tokens(batch.latents)
         t = self.objective.timesteps(u, tokens, batch.timestep_offset)
+        lengths = self.rollout.lengths(batch.samples, planned.epoch, step, t)
+        if lengths.any():
+            answer = partial(self._predict, step, micro, batch)
+            noise = self.rollout.noise(batch.latents, t, noise, lengths, answer)
         return batch, self.objective.draw(batch.latents, t, noise, perturbed)
 
     def _autocast(self) -> AbstractContextManager[object]:

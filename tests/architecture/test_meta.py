@@ -40,6 +40,8 @@ LOADED = {
     "timestep_bias_multiplier": 3.0,
     "mask_normalize": True,
     "prior_loss_weight": 0.5,
+    "scheduled_sampling_max_step_offset": 4,
+    "scheduled_sampling_probability": 1.0,
 }
 """Everything that shapes noise and loss, at once."""
 

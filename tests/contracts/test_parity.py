@@ -97,7 +97,7 @@ def reference(
     model.train()
     for step, batch in enumerate(batches(family)):
         ((planned, _),) = window_of(batch)
-        _, drawn = stepper.draw(step, planned, batch)
+        _, drawn = stepper.draw(step, 0, planned, batch)
         loss = loss_of(model, folder, batch, drawn)
         loss.backward()
         nn.utils.clip_grad_norm_(list(trained.values()), 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,32 @@ def test_the_exported_lora_is_verified_whole_and_has_kohyas_names_beside(done: R
     other = load_file(done.out / "pytorch_lora_weights.kohya.safetensors")
     assert all(name.startswith("lora_unet_") for name in other)
     assert len(other) == 3 * MODULES
+
+
+def test_the_printed_lines_sample_with_the_schedule_that_was_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """v and zero terminal SNR trained from a checkpoint that says neither."""
+    run = Run(tmp_path, build_sd1x(tmp_path / "model"))
+    run.settings["model_family"] = "sd1x"
+    changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert run.train(**changed, learning_rate=1e-2, validation_seed=7) == 0
+    _, _, printed = capsys.readouterr().out.partition("use them:\n")
+    lines = [line.strip() for line in printed.splitlines() if line.startswith("  ")]
+    found: dict[str, Any] = {}
+    exec("\n".join(lines), found)
+    pipe = found["pipe"]
+    recipe = json.loads((run.out / f"{PICTURE}.json").read_text())
+    told = ("prompt", "negative_prompt", "width", "height", "guidance_scale")
+    stock = pipe(
+        **{name: recipe[name] for name in (*told, "num_inference_steps")},
+        generator=torch.Generator("cpu").manual_seed(recipe["seed"]),
+        output_type="np",
+    ).images[0]
+    assert pipe.scheduler.config.rescale_betas_zero_snr
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    ours = np.asarray(Image.open(run.out / f"{PICTURE}.png"))
+    assert np.abs(stock * 255 - ours).max() <= 1
 
 
 def test_the_stock_pipeline_with_the_lora_paints_the_validation_picture(done: Run) -> None:

@@ -288,6 +288,64 @@ def test_noise_levels_are_drawn_by_one_law(place: Workplace) -> None:
     ]
 
 
+def test_a_bridge_to_flow_matching_is_asked_for_whole(place: Workplace) -> None:
+    place.config(diff2flow_enabled=True)
+    assert place.messages() == [
+        "diff2flow_enabled: changes nothing without diff2flow_loss true; set that, or remove this"
+    ]
+    place.config(diff2flow_loss=True)
+    assert place.messages() == [
+        "diff2flow_loss: changes nothing without diff2flow_enabled true; set that, or remove this"
+    ]
+    both = {"diff2flow_enabled": True, "diff2flow_loss": True}
+    place.config(**both)
+    assert place.messages() == []
+    place.config(**both, snr_gamma=5)
+    assert place.messages() == [
+        "snr_gamma: diff2flow_loss weighs samples by their noise itself; remove one of the two"
+    ]
+    place.config(model_family="sd3", **both)
+    assert place.messages() == [
+        "diff2flow_enabled: sd3 is trained by flow matching, which has no use for it; remove it"
+    ]
+
+
+def test_a_rollout_is_asked_for_whole_and_in_one_way(place: Workplace) -> None:
+    far, near = "scheduled_sampling_max_step_offset", "scheduled_sampling_probability"
+    place.config(**{far: 5})
+    assert place.messages() == [f"{far}: changes nothing: no sample is rolled out; set {near}"]
+    place.config(**{near: 0.5, "scheduled_sampling_order": 1})
+    assert place.messages() == [
+        f"{near}: changes nothing without {far}; set that, or remove this",
+        f"scheduled_sampling_order: changes nothing without {far} and a scheduled_sampling_sampler"
+        " unipc or dpm; set that, or remove this",
+    ]
+    place.config(**{far: 5, near: 0.5, "scheduled_sampling_prob_end": 0.3})
+    assert place.messages() == [
+        "scheduled_sampling_prob_end: changes nothing without scheduled_sampling_ramp_steps; set"
+        " that, or remove this"
+    ]
+    place.config(**{far: 5, near: 0.5, "scheduled_sampling_ramp_steps": 9})
+    assert place.messages() == [
+        f"{near}: with scheduled_sampling_ramp_steps the share goes from"
+        " scheduled_sampling_prob_start to scheduled_sampling_prob_end, so this changes nothing;"
+        " remove it"
+    ]
+    euler = {"scheduled_sampling_sampler": "euler", "scheduled_sampling_order": 1}
+    place.config(**{far: 5, near: 0.5}, **euler)
+    assert place.messages() == [
+        f"scheduled_sampling_order: changes nothing without {far} and a scheduled_sampling_sampler"
+        " unipc or dpm; set that, or remove this"
+    ]
+    place.config(**{far: 5, near: 0.5}, input_perturbation=0.1)
+    assert place.messages() == [
+        f"input_perturbation: {far} already shows the model errors, which are its own; remove one"
+        " of the two"
+    ]
+    place.config(**{far: 5, near: 0.5})
+    assert place.messages() == []
+
+
 def test_samples_are_weighed_by_their_noise_in_one_way(place: Workplace) -> None:
     place.config(use_soft_min_snr=True, snr_gamma=5)
     assert place.messages() == [

@@ -193,3 +193,32 @@ def test_the_step_takes_the_loss_and_the_weights(tiny_sdxl: Path) -> None:
         other = build_stepper(tiny_sdxl, diffusion=settings).step(4, window).loss.item()
         assert math.isfinite(other)
         assert abs(other - plain) > 1e-4, settings
+
+
+# ---- Diff2Flow
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_flow_loss_is_that_of_the_flow_the_prediction_implies(kind: str) -> None:
+    """With x0 and noise worked out of the noisy latent and the prediction, in fp64."""
+    loss = loss_of(kind, diff2flow_enabled=True, diff2flow_loss=True)
+    draw = drawn(loss.objective, [3, 250, 700, 990])
+    prediction = draw.target + 0.1 * torch.randn(
+        draw.target.shape, generator=torch.Generator().manual_seed(3)
+    )
+    abar = loss.objective.abar[draw.timestep.long()].double().view(-1, 1, 1, 1)  # type: ignore[attr-defined]
+    signal, spread = abar.sqrt(), (1 - abar).sqrt()
+
+    def flow(answer: torch.Tensor) -> torch.Tensor:
+        noisy, answer = draw.noisy.double(), answer.double()
+        if kind == "epsilon":
+            noise, clean = answer, (noisy - spread * answer) / signal
+        elif kind == "v_prediction":
+            noise, clean = signal * answer + spread * noisy, signal * noisy - spread * answer
+        else:
+            noise, clean = (noisy - signal * answer) / spread, answer
+        return noise - clean
+
+    wanted = (flow(prediction) - flow(draw.target)).square()
+    torch.testing.assert_close(loss.errors(prediction, draw).double(), wanted, rtol=2e-3, atol=1e-5)
+    assert loss.errors(draw.target, draw).abs().max() == 0

@@ -276,7 +276,7 @@ def test_flow_settings_reach_the_step(tiny_sd3: Path) -> None:
 
     def told(**diffusion: Any) -> torch.Tensor:
         stepper = build_stepper(tiny_sd3, diffusion=diffusion, family_name="sd3")
-        return stepper.draw(0, *window[0])[1].timestep
+        return stepper.draw(0, 0, *window[0])[1].timestep
 
     chosen: list[dict[str, Any]] = [
         {},

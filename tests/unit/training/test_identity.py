@@ -313,6 +313,25 @@ BF16 = MappingProxyType({"mixed_precision": "bf16"})
         (
             "sdxl",
             {},
+            {"diff2flow_enabled": True, "diff2flow_loss": True},
+            "diff2flow_enabled: was unused, now true; diff2flow_loss: was unused, now true",
+        ),
+        (
+            "sdxl",
+            {
+                "scheduled_sampling_max_step_offset": 4,
+                "scheduled_sampling_probability": 0.5,
+            },
+            {
+                "scheduled_sampling_max_step_offset": 4,
+                "scheduled_sampling_probability": 0.5,
+                "scheduled_sampling_sampler": "dpm",
+            },
+            "scheduled_sampling_sampler: was unipc, now dpm",
+        ),
+        (
+            "sdxl",
+            {},
             {"disable_segmented_timestep_sampling": True},
             "disable_segmented_timestep_sampling: was false, now true",
         ),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 
 from simpletuner.core.types import Place
 from simpletuner.diffusion.noise import noise_for
@@ -43,6 +43,47 @@ def test_the_loss_is_that_of_a_reference_written_with_diffusers_alone(
             ).sample
         reference = torch.nn.functional.mse_loss(answer, target)
         assert ours.item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+def test_a_rollout_trains_on_what_the_model_made_of_a_noisier_start(tiny_sdxl: Path) -> None:
+    """A loop of diffusers alone: noised further back, DDIM down to the timestep, then the loss."""
+    batch, most = make_batch(1, 2, 3), 6
+    diffusion = {
+        "scheduled_sampling_max_step_offset": most,
+        "scheduled_sampling_probability": 1.0,
+        "scheduled_sampling_sampler": "euler",
+    }
+    stepper = build_stepper(tiny_sdxl, diffusion=diffusion)
+    t = (quantiles(SEEDS, 4, 3) * 1000).long()
+    lengths = stepper.rollout.lengths(batch.samples, 0, 4, t)
+    assert lengths.unique().numel() > 1
+    ours = stepper.step(4, window_of(batch)).loss
+
+    scheduler = DDIMScheduler.from_pretrained(
+        tiny_sdxl, subfolder="scheduler", clip_sample=False, set_alpha_to_one=False
+    )
+    scheduler.set_timesteps(1000)
+    unet = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet")
+    noise = noise_for(batch.samples, 0, (4, 12, 8), SEEDS)
+    losses = []
+    for row, (at, length) in enumerate(zip(t.tolist(), lengths.tolist(), strict=True)):
+        told = {
+            "encoder_hidden_states": batch.embeds["prompt_embeds"][row : row + 1],
+            "added_cond_kwargs": {
+                "text_embeds": batch.embeds["pooled_prompt_embeds"][row : row + 1],
+                "time_ids": torch.tensor([[96.0, 64.0, 0.0, 0.0, 96.0, 64.0]]),
+            },
+        }
+        clean = batch.latents[row : row + 1]
+        with torch.no_grad():
+            start = torch.tensor([at + length])
+            x = scheduler.add_noise(clean, noise[row : row + 1], start)
+            for now in range(at + length, at, -1):
+                x = scheduler.step(unet(x, now, **told).sample, now, x).prev_sample
+            abar = scheduler.alphas_cumprod[at]
+            target = (x - abar.sqrt() * clean) / (1 - abar).sqrt()  # x0 stays the answer
+            losses.append((unet(x, at, **told).sample - target).square().mean())
+    assert ours.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
 def test_unequal_batches_of_a_window_give_the_gradient_of_their_exact_mean(
@@ -139,7 +180,7 @@ def test_regularisation_holds_the_prediction_near_that_of_the_base(
         beside = make_batch(3, 4, family_name=family, regularises=regularises)
         for step in range(12):
             stepper.step(step, window_of(subject, beside))
-        batch, draw = stepper.draw(99, *window_of(beside)[0])
+        batch, draw = stepper.draw(99, 0, *window_of(beside)[0])
         trainable = stepper.weights.trainable
         with torch.no_grad():
             ours = trainable.predict(stepper.family, draw, batch)
@@ -162,7 +203,7 @@ def test_nothing_is_learned_where_the_mask_is_black(tiny_sdxl: Path) -> None:
 
     mask[0, :, :6] = 1
     ((planned, masked),) = window_of(replace(batch, mask=mask))
-    batch, draw = stepper.draw(0, planned, masked)
+    batch, draw = stepper.draw(0, 0, planned, masked)
     with torch.no_grad():
         error = stepper.weights.trainable.predict(stepper.family, draw, batch) - draw.target
     expected = error[0, :, :6].square().sum() / error.numel()
