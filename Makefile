@@ -23,4 +23,5 @@ check:
 	"$$python" -m pytest tests/architecture
 
 docs:
-	@python=$$(scripts/setup.sh test) && "$$python" -m simpletuner.apps.docgen
+	@python=$$(scripts/setup.sh test) && "$$python" -m simpletuner.apps.docgen && \
+	"$$python" -m tests.resume_table

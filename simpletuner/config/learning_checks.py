@@ -66,6 +66,23 @@ def _lycoris_config(run: Proposal) -> Iterator[Problem]:
         yield from problems_inside(LycorisConfig, config, run.given[key])
 
 
+def whole_matrices_over_quantised(run: Proposal) -> Iterator[Problem]:
+    """LyCORIS adds whole matrices to weights that it can read and write."""
+    config, name = run.values["lycoris_config"], run.values["base_model_precision"]
+    if run.values["lora_type"] != "lycoris" or not isinstance(config, Mapping):
+        return
+    preset = config.get("apply_preset") or {}
+    maps = [preset.get(key) or {} for key in ("module_algo_map", "name_algo_map")]
+    inner = [each for found in maps if isinstance(found, Mapping) for each in found.values()]
+    algos = [each.get("algo") for each in (config, *inner) if isinstance(each, Mapping)]
+    if "full" in algos and name != "no_change":
+        yield run.problem(
+            "lycoris_config",
+            f"the algorithm full does not go over a base in {name}; take lokr, or remove"
+            " base_model_precision",
+        )
+
+
 def dora_over_quantised(run: Proposal) -> Iterator[Problem]:
     """DoRA reads the weights it is attached to, which quanto gives out in fp32 alone."""
     name, values = str(run.values["base_model_precision"]), run.values
@@ -187,6 +204,7 @@ LEARNING_CHECKS: tuple[Check, ...] = (
     first_adapter_exists,
     settings_of_method,
     dora_over_quantised,
+    whole_matrices_over_quantised,
     learning_rate_uses,
     rate_falls,
     warmup_is_taken,
