@@ -38,6 +38,8 @@ METHODS_TRIED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "lora": {"lora_dropout": 0.1},
         "rslora": {"use_rslora": True},
         "dora": {"use_dora": True},
+        "pissa": {"lora_init_type": "pissa"},
+        "olora": {"lora_init_type": "olora"},
         "lokr": _lycoris("lokr", factor=4),
         "loha": _lycoris("loha"),
         "glora": _lycoris("glora"),
@@ -48,7 +50,7 @@ METHODS_TRIED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 INT8 = MappingProxyType({"base_model_precision": "int8-quanto"})
-REFUSED_OVER_INT8 = ("lycoris-full", "full")
+REFUSED_OVER_INT8 = ("pissa", "olora", "lycoris-full", "full")
 _OF_OPTIMIZERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "prodigy": {"learning_rate": 1.0},

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from simpletuner.adapters import export as export_files
 from simpletuner.adapters.formats import read_changes, write_changes
 from simpletuner.adapters.method import Verified
+from simpletuner.adapters.start import STARTS, start
 from simpletuner.core.errors import ConfigError, TrainingError
 from simpletuner.core.types import ParamGroup
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from simpletuner.models.family import Family
 
 _ADAPTER = "default"
+_START = "start"
 _CHECK = "verify"
 
 
@@ -46,7 +48,7 @@ def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Lo
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha or settings.lora_rank,
         lora_dropout=settings.lora_dropout,
-        init_lora_weights=True if settings.lora_init_type == "default" else settings.lora_init_type,
+        init_lora_weights="gaussian" if settings.lora_init_type == "gaussian" else True,
         target_modules=targets,
         use_dora=settings.use_dora,
         use_rslora=settings.use_rslora,
@@ -54,6 +56,14 @@ def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Lo
     denoiser.requires_grad_(False)
     denoiser.add_adapter(config, adapter_name=_ADAPTER)
     lora = LoRA(denoiser, family.denoiser, type(family), settings.lora_format)
+    if settings.lora_init_type in STARTS:
+        denoiser.add_adapter(config, adapter_name=_START)
+        for layer in lora.layers().values():
+            start(layer, _ADAPTER, _START, settings.lora_init_type)
+        lora.activate()
+    for layer in lora.layers().values():
+        for parameter in (*layer.lora_A.parameters(), *layer.lora_B.parameters()):
+            parameter.data = parameter.data.float()
     for parameter in lora.parameters().values():
         parameter.data = parameter.data.float()
     if settings.init_lora:
@@ -119,6 +129,15 @@ class LoRA:
             f'pipe.load_lora_weights("{root}", weight_name="{self.file}")',
         ]
 
+    def activate(self) -> None:
+        """Let the adapters act and train, and what they started from act against them."""
+        there = [name for name in (_ADAPTER, _START) if name in self.denoiser.peft_config]
+        self.denoiser.set_adapter(there)
+        for layer in self.layers().values():
+            for held in (layer.lora_A, layer.lora_B):
+                if _START in held:
+                    held[_START].requires_grad_(False)
+
     def layers(self, adapter: str = _ADAPTER) -> dict[str, Any]:
         """The modules that carry `adapter`, by name."""
         from peft.tuners.lora import LoraLayer
@@ -138,6 +157,20 @@ class LoRA:
             if _ADAPTER in layer.lora_magnitude_vector:
                 magnitude = layer.lora_magnitude_vector[_ADAPTER].weight
                 found[f"{name}.lora_magnitude_vector"] = magnitude
+        return found
+
+    def change(self) -> dict[str, Tensor]:
+        """What the file holds of every module: `parameters`, with what they started from taken off.
+
+        fp32 on the CPU.
+        """
+        found = {name: p.detach().float().cpu() for name, p in self.parameters().items()}
+        for name, layer in self.layers().items():
+            if _START in layer.lora_A:
+                down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+                first = [held[_START].weight.float().cpu() for held in (layer.lora_A, layer.lora_B)]
+                found[down] = torch.cat((found[down], first[0]))
+                found[up] = torch.cat((found[up], -first[1]), 1)
         return found
 
     def groups(self) -> list[ParamGroup]:
@@ -163,12 +196,13 @@ class LoRA:
     def export(self, folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         """Write ``pytorch_lora_weights.safetensors`` in the diffusers layout, then in another's."""
         tensors = {
-            f"{self.prefix}.{name}": parameter.detach().float().cpu().contiguous()
-            for name, parameter in self.parameters().items()
+            f"{self.prefix}.{name}": tensor.contiguous() for name, tensor in self.change().items()
         }
-        scale = next(iter(self.layers().values())).scaling[_ADAPTER]
+        first = next(iter(self.layers().values()))
+        scale, rank = first.scaling[_ADAPTER], first.r[_ADAPTER] * (1 + (_START in first.lora_A))
         config = self._config.to_dict()
-        config |= {"lora_alpha": scale * config["r"], "use_rslora": False}
+        config |= {"r": rank, "lora_alpha": scale * rank, "use_rslora": False}
+        config["init_lora_weights"] = True
         path = folder / export_files.LORA_FILE
         export_files.write_lora(path, tensors, self.prefix, config, metadata)
         if self.layout == "diffusers":
@@ -230,15 +264,17 @@ class LoRA:
             return self._compare(state, file)
         finally:
             self.denoiser.delete_adapters(_CHECK)
-            self.denoiser.set_adapter(_ADAPTER)
+            self.activate()
 
     def _compare(self, state: Mapping[str, Tensor], file: Path) -> Verified:
-        ours, theirs = self.layers(), self.layers(_CHECK)
-        keys = {f"{self.prefix}.{name}" for name in self.parameters()}
-        wrong = sorted(set(ours) ^ set(theirs)) + sorted(set(state) ^ keys)
+        ours, theirs, change = self.layers(), self.layers(_CHECK), self.change()
+        wrong = sorted(set(ours) ^ set(theirs))
+        wrong += sorted(set(state) ^ {f"{self.prefix}.{name}" for name in change})
         largest = 0.0
         for name in ours.keys() & theirs.keys():
-            error = self._difference(name, ours[name], theirs[name], state)
+            held = {part: change.get(f"{name}.{part}") for part in _PARTS}
+            filed = {part: state.get(f"{self.prefix}.{name}.{part}") for part in _PARTS}
+            error = _difference(held, filed, theirs[name], ours[name].scaling[_ADAPTER])
             largest = max(largest, error)
             if not error <= 1e-6:
                 wrong.append(name)
@@ -250,24 +286,37 @@ class LoRA:
             )
         return Verified(len(ours), len(ours) - len(wrong), largest)
 
-    def _difference(self, name: str, mine: Any, other: Any, state: Mapping[str, Tensor]) -> float:
-        """The largest difference of the two changes, relative to the largest entry of mine."""
-        a, b = (state[f"{self.prefix}.{name}.lora_{x}.weight"] for x in "AB")
-        pairs = [(other.lora_A, a, mine.lora_A), (other.lora_B, b, mine.lora_B)]
-        if _ADAPTER in mine.lora_magnitude_vector:
-            magnitude = state[f"{self.prefix}.{name}.lora_magnitude_vector"]
-            pairs.append((other.lora_magnitude_vector, magnitude, mine.lora_magnitude_vector))
-        for loaded, filed, trained in pairs:
-            weight = loaded[_CHECK].weight if _CHECK in loaded else filed.new_empty(0)
-            held = trained[_ADAPTER].weight.detach().float().cpu()
-            if not torch.equal(weight.cpu(), filed.to(weight.dtype)) or not torch.equal(
-                held, filed
-            ):
-                return float("inf")
-        mine_a, mine_b = (
-            x[_ADAPTER].weight.detach().float().cpu() for x in (mine.lora_A, mine.lora_B)
-        )
-        trained = mine_b.flatten(1) @ mine_a.flatten(1) * mine.scaling[_ADAPTER]
-        reloaded = b.float().flatten(1) @ a.float().flatten(1) * other.scaling[_CHECK]
-        scale = max(trained.abs().max().item(), 1e-12)
-        return float((trained - reloaded).abs().max().item()) / scale
+
+_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+
+
+def _difference(
+    held: Mapping[str, Tensor | None], filed: Mapping[str, Tensor | None], other: Any, scale: float
+) -> float:
+    """The largest difference of the two changes of a module, relative to the largest entry of mine.
+
+    Args:
+        held: What training has, by _PARTS.
+        filed: What the file has.
+        other: The module as the stock loader made it of the file.
+        scale: Of mine.
+    """
+    loaded = (other.lora_A, other.lora_B, other.lora_magnitude_vector)
+    for part, modules in zip(_PARTS, loaded, strict=True):
+        mine, theirs = held[part], filed[part]
+        if mine is None and theirs is None:
+            continue
+        if mine is None or theirs is None or _CHECK not in modules:
+            return float("inf")
+        weight = modules[_CHECK].weight.cpu()
+        if not torch.equal(weight, theirs.to(weight.dtype)) or not torch.equal(mine, theirs):
+            return float("inf")
+    products = []
+    for tensors, factor in ((held, scale), (filed, other.scaling[_CHECK])):
+        a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        if a is None or b is None:
+            return float("inf")
+        products.append(b.float().flatten(1) @ a.float().flatten(1) * factor)
+    trained, reloaded = products
+    largest = max(trained.abs().max().item(), 1e-12)
+    return float((trained - reloaded).abs().max().item()) / largest

@@ -42,10 +42,11 @@ class AdapterSettings(Section):
     """The share of the adapter's inputs that is dropped in each step; larger overfits less."""
 
     lora_init_type: Literal["default", "gaussian", "olora", "pissa", "loftq"] = setting(
-        "default", pending=("olora", "pissa", "loftq")
+        "default", pending=("loftq",)
     )
-    """How a new adapter's weights are drawn; default and gaussian start from the untouched
-    model."""
+    """How a new adapter begins: from nothing (default, gaussian), or from the largest directions of
+    the weight it goes with (pissa) or an orthogonal part of it (olora), which learn faster and make
+    a file of twice the rank. All begin as the untouched model."""
 
     peft_lora_target_modules: tuple[str, ...] | None = setting(None, min_length=1)
     """The modules that get an adapter, by the end of their names; without it, the family's

@@ -83,6 +83,21 @@ def whole_matrices_over_quantised(run: Proposal) -> Iterator[Problem]:
         )
 
 
+def starts_from_the_base(run: Proposal) -> Iterator[Problem]:
+    """An adapter that begins as a part of the base's weights needs these whole, and itself new."""
+    kind = run.values["lora_init_type"]
+    if kind not in ("pissa", "olora"):
+        return
+    for key, why in (
+        ("init_lora", "goes on from a file, so there is nothing to begin"),
+        ("use_dora", "trains the length of the weights as well, which are no longer these"),
+        ("lora_dropout", "would drop what is learned and not what it started from"),
+        ("base_model_precision", "leaves no whole weights to begin from"),
+    ):
+        if run.asks(key):
+            yield run.problem(key, f"{why}; remove it, or lora_init_type {kind}")
+
+
 def dora_over_quantised(run: Proposal) -> Iterator[Problem]:
     """DoRA reads the weights it is attached to, which quanto gives out in fp32 alone."""
     name, values = str(run.values["base_model_precision"]), run.values
@@ -203,6 +218,7 @@ LEARNING_CHECKS: tuple[Check, ...] = (
     one_choice_of_modules,
     first_adapter_exists,
     settings_of_method,
+    starts_from_the_base,
     dora_over_quantised,
     whole_matrices_over_quantised,
     learning_rate_uses,

@@ -300,12 +300,13 @@ class DataSource:
             "image_background": settings.image_background.lower(),
             "vae_cache_disable": str(settings.vae_cache_disable).lower(),
             "is_regularisation_data": str(settings.is_regularisation_data).lower(),
-            "timestep_sampling_offset": f"{settings.timestep_sampling_offset:g}",
             "masks": "alpha" if settings.alpha_as_mask else "none",
             "masked_loss_probability": (
                 f"{settings.masked_loss_probability:g}" if self.masked else "without effect"
             ),
         }
+        if settings.timestep_sampling_offset:
+            facts["timestep_sampling_offset"] = f"{settings.timestep_sampling_offset:g}"
         facts |= self._beside.digests(self.keys)
         return facts
 

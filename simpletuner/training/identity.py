@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from simpletuner.adapters.start import STARTS
 from simpletuner.core.errors import DataError, TrainingError
 from simpletuner.core.section import hint_of
 from simpletuner.diffusion.needs import idle
@@ -121,6 +122,7 @@ def _adapter_identity(adapter: AdapterSettings) -> dict[str, Any]:
     return {
         "lora_rank": adapter.lora_rank,
         "lora_alpha": float(adapter.lora_alpha or adapter.lora_rank),
+        "lora_init_type": adapter.lora_init_type if adapter.lora_init_type in STARTS else "nothing",
         "use_dora": adapter.use_dora,
         "use_rslora": adapter.use_rslora,
     }

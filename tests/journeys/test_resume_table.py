@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from simpletuner.adapters.method import METHODS
+from simpletuner.adapters.start import STARTS
 from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.optim.schedules import SCHEDULES
 from tests.resume_table import (
@@ -104,6 +105,7 @@ def test_the_table_leaves_out_nothing_that_is_built() -> None:
         built = {name for name, row in table.items() if not row.pending}
         assert built == {settings[key] for settings in tried if key in settings}
     assert {name.partition("-")[0] for name in METHODS_TRIED} >= set(METHODS)
+    assert set(METHODS_TRIED) >= set(STARTS)
 
 
 def test_the_document_is_the_table() -> None:

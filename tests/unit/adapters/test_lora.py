@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from simpletuner.adapters.export import header
+from simpletuner.adapters.export import adapter_metadata, header
 from simpletuner.adapters.lora import LoRA, attach
 from simpletuner.adapters.settings import AdapterSettings
+from simpletuner.adapters.start import factors
 from simpletuner.adapters.weights import Weights
 from simpletuner.core.errors import ConfigError, ModelError, TrainingError
 from simpletuner.core.types import Place
@@ -179,6 +181,52 @@ def test_gaussian_initialisation_differs_from_the_default(tiny_sdxl: Path) -> No
     plain, gaussian = lora_on(tiny_sdxl), lora_on(tiny_sdxl, lora_init_type="gaussian")
     name = next(iter(plain.parameters()))
     assert not torch.equal(plain.parameters()[name], gaussian.parameters()[name])
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True}])
+@pytest.mark.parametrize("targets", [["to_q", "to_v"], ["conv1", "to_out.0"]])
+def test_an_adapter_that_starts_from_the_base_is_the_base_at_first_and_a_plain_lora_at_last(
+    tiny_sdxl: Path, tmp_path: Path, kind: str, more: dict[str, Any], targets: list[str]
+) -> None:
+    """The file loads on the checkpoint as it is, in the stock class, and answers the same."""
+    base = UNet2DConditionModel.from_pretrained(tiny_sdxl / "unet")
+    before = forward(base)
+    lora = lora_on(tiny_sdxl, lora_init_type=kind, peft_lora_target_modules=targets, **more)
+    torch.testing.assert_close(forward(lora.denoiser), before, atol=1e-5, rtol=1e-5)
+    weights = {n: p for n, p in lora.denoiser.named_parameters() if p.requires_grad}
+    assert {id(p) for p in weights.values()} == {id(p) for p in lora.parameters().values()}
+    for parameter in lora.parameters().values():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    after = forward(lora.denoiser)
+    assert (after - before).abs().max() > 1e-3
+    with lora.disabled():
+        assert torch.equal(forward(lora.denoiser), before)
+
+    path = exported(lora, tmp_path)
+    assert str(lora.verify(path)).startswith("verified")
+    torch.testing.assert_close(forward(lora.denoiser), after, atol=0, rtol=0)
+    assert all(p.requires_grad for p in lora.parameters().values())
+    assert {t.shape[0] for n, t in load_file(path).items() if "lora_A" in n} == {8}
+    base.load_lora_adapter(
+        load_file(path), prefix="unet", metadata=adapter_metadata(path), adapter_name="theirs"
+    )
+    torch.testing.assert_close(forward(base), after, atol=1e-5, rtol=1e-5)
+
+
+def test_pissa_holds_the_largest_singular_values_and_olora_an_orthonormal_part() -> None:
+    weight = torch.randn(24, 3, 2, 5, generator=torch.Generator().manual_seed(1))
+    u, s, v = torch.linalg.svd(weight.flatten(1).double(), full_matrices=False)
+    a, b = factors(weight, 4, "pissa")
+    best = (u[:, :4] * s[:4]) @ v[:4]
+    torch.testing.assert_close((b @ a).double(), best, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+    a, b = factors(weight, 4, "olora")
+    torch.testing.assert_close(b.T @ b, torch.eye(4), atol=1e-5, rtol=0)
+    q, r = torch.linalg.qr(weight.flatten(1))
+    torch.testing.assert_close(b @ a, q[:, :4] @ r[:4])
+    a, b = factors(torch.ones(3, 2), 4, "pissa")  # less than the rank
+    torch.testing.assert_close(b @ a, torch.ones(3, 2), atol=1e-6, rtol=0)
 
 
 def test_init_lora_starts_from_the_file(tiny_sdxl: Path, tmp_path: Path) -> None:

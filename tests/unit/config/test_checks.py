@@ -288,6 +288,21 @@ def test_noise_levels_are_drawn_by_one_law(place: Workplace) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("use_dora", True, "trains the length of the weights as well, which are no longer these"),
+        ("lora_dropout", 0.1, "would drop what is learned and not what it started from"),
+        ("base_model_precision", "int8-torchao", "leaves no whole weights to begin from"),
+    ],
+)
+def test_what_does_not_go_with_a_start_from_the_base_is_refused(
+    place: Workplace, key: str, value: object, why: str
+) -> None:
+    place.config(lora_init_type="pissa", **{key: value})
+    assert place.messages() == [f"{key}: {why}; remove it, or lora_init_type pissa"]
+
+
 def test_a_bridge_to_flow_matching_is_asked_for_whole(place: Workplace) -> None:
     place.config(diff2flow_enabled=True)
     assert place.messages() == [
