@@ -55,6 +55,10 @@ class AdapterSettings(Section):
     init_lora: str | None = setting(None)
     """A LoRA file or folder to go on from, instead of a new one."""
 
+    preset_lora_path: str | None = setting(None)
+    """A LoRA file or folder to fuse into the base first: what is trained then is what it does not
+    know. The result is used on the base with that LoRA."""
+
     use_dora: bool = setting(False)
     """Train magnitude and direction apart (DoRA): often closer to full training, and slower."""
 

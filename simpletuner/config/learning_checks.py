@@ -31,9 +31,10 @@ def one_choice_of_modules(run: Proposal) -> Iterator[Problem]:
 
 def first_adapter_exists(run: Proposal) -> Iterator[Problem]:
     """The LoRA to go on from is there."""
-    path = run.says("init_lora")
-    if path and not lora_file(path).is_file():
-        yield run.problem("init_lora", f"{lora_file(path)} does not exist; correct the path")
+    for key in ("init_lora", "preset_lora_path"):
+        path = run.says(key)
+        if path and not lora_file(path).is_file():
+            yield run.problem(key, f"{lora_file(path)} does not exist; correct the path")
 
 
 def settings_of_method(run: Proposal) -> Iterator[Problem]:

@@ -12,6 +12,8 @@ RENAMES = MappingProxyType(
         "dataset_backend_config": "data_backend_config",
         "hub_model_name": "hub_model_id",
         "lr_schedule": "lr_scheduler",
+        "lora_checkpoint": "init_lora",
+        "lora_target_modules": "peft_lora_target_modules",
         "max_num_steps": "max_train_steps",
         "minimum_resolution": "minimum_image_size",
         "model_name": "pretrained_model_name_or_path",

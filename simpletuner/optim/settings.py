@@ -27,8 +27,9 @@ class OptimizerSettings(Section):
     lr_scheduler: str = setting("constant_with_warmup", table=SCHEDULES)
     """How the learning rate changes over the run."""
 
-    lr_warmup_steps: int = setting(0, ge=0, unit="optimizer steps")
-    """How long the learning rate rises from 0, in the schedules that have a warm-up."""
+    lr_warmup_steps: float = setting(0, ge=0, unit="optimizer steps")
+    """How long the learning rate rises from 0, in the schedules that have a warm-up; below 1, the
+    share of the whole run, such as 0.05."""
 
     lr_end: float = setting(4e-7, ge=0)
     """The learning rate at the end of a schedule that falls."""
@@ -95,6 +96,18 @@ class OptimizerSettings(Section):
                 " optimizer's own"
             )
         return self
+
+    @field_validator("lr_warmup_steps")
+    @classmethod
+    def _is_a_number_of_steps_or_a_share(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("is a whole number of steps, or a share below 1")
+        return int(value) if value == int(value) else value
+
+    def warmup_of(self, total: int) -> int:
+        """The steps of the warm-up in a run of `total`."""
+        share = self.lr_warmup_steps
+        return round(share * total) if share < 1 else int(share)
 
 
 def _json_or_text(text: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -10,7 +11,34 @@ if TYPE_CHECKING:
     from simpletuner.precision.settings import PrecisionSettings
 
 
+@dataclass(frozen=True)
+class EachNth:
+    """Recomputes the activations of every Nth block, and keeps those of the others.
+
+    Args:
+        interval: N.
+    """
+
+    interval: int
+    _places: dict[int, int] = field(default_factory=dict)
+    """Where each block comes among all, by its identity; blocks are met in one order."""
+
+    def __call__(self, block: nn.Module, *inputs: Any) -> Any:
+        """What diffusers calls for a block in place of the block itself."""
+        from torch.utils.checkpoint import checkpoint
+
+        place = self._places.setdefault(id(block), len(self._places))
+        if place % self.interval:
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+
 def fit(denoiser: nn.Module, settings: PrecisionSettings) -> None:
     """Apply the memory settings to a denoiser whose adapters are attached."""
-    if settings.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+    if not settings.gradient_checkpointing:
+        return
+    interval = settings.gradient_checkpointing_interval or 1
+    if interval == 1:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    else:
+        denoiser.enable_gradient_checkpointing(EachNth(interval))  # type: ignore[operator]

@@ -61,9 +61,9 @@ class PrecisionSettings(Section):
     disable_tf32: bool = setting(False, pending=True)
     """Keep every fp32 product exact on NVIDIA cards; slower."""
 
-    gradient_checkpointing_interval: int | None = setting(None, pending=True, ge=1, unit="blocks")
+    gradient_checkpointing_interval: int | None = setting(None, ge=1, unit="blocks")
     """Apply gradient_checkpointing only to every so many blocks; larger is faster and takes more
-    memory."""
+    memory; without it, to all."""
 
     unet_attention_slice: bool = setting(False, pending=True)
     """Compute a UNet's attention in slices: less memory, slower."""

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from simpletuner.adapters.export import lora_file
 from simpletuner.adapters.start import STARTS
 from simpletuner.core.errors import DataError, TrainingError
+from simpletuner.core.files import sha256_file
 from simpletuner.core.section import hint_of
 from simpletuner.diffusion.needs import idle
 from simpletuner.optim.build import options_of
@@ -35,7 +37,17 @@ if TYPE_CHECKING:
 Facts = Mapping[str, str]
 
 _DIGESTS = frozenset(
-    {"base model", "text encoders", "VAE", "pictures", "sizes", "resizes", "captions", "masks"}
+    {
+        "preset LoRA",
+        "base model",
+        "text encoders",
+        "VAE",
+        "pictures",
+        "sizes",
+        "resizes",
+        "captions",
+        "masks",
+    }
 )
 """Facts whose values say nothing to a reader."""
 
@@ -101,6 +113,7 @@ def model_identity(config: Config, family: Family) -> Facts:
             **family.text_options,
             "prediction_type": family.prediction_type,
             **_schedule_identity(family),
+            **_preset_identity(adapter),
             "model_type": adapter.model_type,
             **_adapter_identity(adapter),
             "optimizer": config.optimizer.optimizer,
@@ -112,6 +125,12 @@ def _schedule_identity(family: Family) -> dict[str, Any]:
     if "rescale_betas_zero_snr" not in family.own_settings:
         return {}
     return {"rescale_betas_zero_snr": family.options["rescale_betas_zero_snr"]}
+
+
+def _preset_identity(adapter: AdapterSettings) -> dict[str, Any]:
+    if adapter.preset_lora_path is None:
+        return {}
+    return {"preset LoRA": sha256_file(lora_file(adapter.preset_lora_path))[:32]}
 
 
 def _adapter_identity(adapter: AdapterSettings) -> dict[str, Any]:

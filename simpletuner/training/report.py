@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.adapters.export import lora_file
 from simpletuner.core.events import Bus, RunFinished, RunStarted
 from simpletuner.core.files import RunFolder, write_json
 from simpletuner.core.section import hint_of
@@ -165,6 +166,11 @@ class Report:
             RunFinished(step=state.step, weights=file, verified=str(verified), lines=lines)
         )
 
+    @property
+    def _whole(self) -> bool:
+        """The result holds all of the denoiser, a fused LoRA too."""
+        return self._config.adapter.model_type == "full"
+
     def _write_facts(self) -> None:
         with self._folder.writing(self._folder.run.name):
             write_json(self._folder.run, self._facts)
@@ -175,7 +181,16 @@ class Report:
         base = (
             checkpoint.folder if embedded_folder(named) else named
         )  # diffusers knows no such name
-        lines = self._trainable.usage(str(base), self._folder.root) + self._family.sampler_usage()
+        lines = self._trainable.usage(str(base), self._folder.root)
+        if (preset := self._config.adapter.preset_lora_path) and not self._whole:
+            place = next(i for i, line in enumerate(lines) if line.startswith("pipe = ")) + 1
+            file = lora_file(preset)
+            lines[place:place] = [
+                f'pipe.load_lora_weights("{file.parent}", weight_name="{file.name}")',
+                "pipe.fuse_lora()",
+                "pipe.unload_lora_weights()",
+            ]
+        lines += self._family.sampler_usage()
         return ["use them:", *(f"  {line}" for line in lines)]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from simpletuner.adapters.ema import Ema
 from simpletuner.adapters.method import attach
+from simpletuner.adapters.preset import with_preset
 from simpletuner.adapters.weights import Weights
 from simpletuner.core.errors import RESUME, TrainingError, is_out_of_memory
 from simpletuner.core.files import put_in_place
@@ -131,7 +132,8 @@ def _train(
     same = sources == tuple(found[:drawn])  # all of it could be encoded
     plan, timetable = planned if same else _planned(config, sources, seeds, place)
     # 4. the denoiser with what trains on it
-    denoiser = family.open_denoiser(Place(place.device, _held_in(config)), quantiser)
+    shrink = with_preset(config.adapter, family, quantiser)
+    denoiser = family.open_denoiser(Place(place.device, _held_in(config)), shrink)
     seeds.reseed_torch("adapter")
     trainable = attach(denoiser, family, config.adapter)
     fit(denoiser, config.precision)

@@ -97,7 +97,7 @@ class Stepper:
             optimizer.lr_scheduler,
             total=total_steps,
             base=optimizer.learning_rate,
-            warmup=optimizer.lr_warmup_steps,
+            warmup=optimizer.warmup_of(total_steps),
             end=optimizer.lr_end,
             power=optimizer.lr_power,
             cycles=optimizer.lr_num_cycles,

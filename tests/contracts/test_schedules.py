@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from simpletuner.optim.schedules import SCHEDULES, learning_rate
+from simpletuner.optim.settings import OptimizerSettings
 
 BUILT = [name for name, row in SCHEDULES.items() if not row.pending]
 WARMING = [name for name in BUILT if SCHEDULES[name].fact("warmup")]
@@ -153,3 +154,13 @@ def test_the_curves_are_their_formulas_at_every_step(cycles: int, warmup: int) -
     last = {name: trace(name, total, warmup=warmup, cycles=cycles)[-1] for name in BUILT}
     assert last["sine"] == pytest.approx(BASE)
     assert last["cosine_with_restarts"] == last["rex"] == END
+
+
+@pytest.mark.parametrize(("said", "steps"), [(0.05, 20), (0.5, 200), (0, 0), (30, 30), (30.0, 30)])
+def test_a_warm_up_below_one_is_a_share_of_the_run(said: float, steps: int) -> None:
+    assert OptimizerSettings(lr_warmup_steps=said).warmup_of(400) == steps
+
+
+def test_a_warm_up_of_one_step_and_a_half_is_refused() -> None:
+    with pytest.raises(ValueError, match="a whole number of steps, or a share below 1"):
+        OptimizerSettings(lr_warmup_steps=1.5)
