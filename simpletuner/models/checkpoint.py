@@ -191,6 +191,11 @@ class Checkpoint:
             return found + self._weights(folder)
         return [*found, self.file]
 
+    @property
+    def vae_config(self) -> Path:
+        """The VAE's ``config.json``."""
+        return self._part_folder("vae") / "config.json"
+
     def _part_folder(self, part: str) -> Path:
         if part != "vae" or self.vae is None:
             return self.folder / part

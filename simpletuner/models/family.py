@@ -136,6 +136,34 @@ class Family(ABC):
             shrink(self.denoiser, denoiser, place.device)
         return denoiser.to(place.device)
 
+    def blueprint(self, dtype: torch.dtype) -> nn.Module:
+        """The denoiser's architecture on the ``meta`` device: shapes and no weights."""
+        import diffusers
+        import torch
+
+        cls = getattr(diffusers, self.checkpoint.index[self.denoiser][1])
+        with torch.device("meta"):
+            model: nn.Module = cls.from_config(self._config)
+        # the bare method: a model's own warns of layers it would keep in fp32 on loading
+        return torch.nn.Module.to(model, dtype).requires_grad_(False).train()
+
+    @cached_property
+    def _config(self) -> Mapping[str, Any]:
+        """The denoiser's ``config.json``."""
+        found: Mapping[str, Any] = read_json(self.checkpoint.folder / self.denoiser / "config.json")
+        return found
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """The channels of a latent, and how many px along an edge one of its cells stands for."""
+        config = read_json(self.checkpoint.vae_config)
+        return int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
+
+    @property
+    @abstractmethod
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each text output of one caption, by its name."""
+
     def open_sampler(self, denoiser: nn.Module, vae: nn.Module) -> Any:
         """The stock pipeline around the live denoiser, with the checkpoint's own scheduler."""
         import diffusers
@@ -203,8 +231,7 @@ class Family(ABC):
     @cached_property
     def patch(self) -> int:
         """Latent cells along the edge of one token of the denoiser; a UNet's tokens are cells."""
-        config = read_json(self.checkpoint.folder / self.denoiser / "config.json")
-        return int(config.get("patch_size") or 1)
+        return int(self._config.get("patch_size") or 1)
 
     def unused(self, denoiser: nn.Module) -> frozenset[str]:
         """Names of the denoiser's weights that its answer does not depend on, so cannot learn."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -115,10 +115,8 @@ def quantise(
     kept: Counter[str] = Counter()
     layers = 0
     for path, layer in list(_candidates(model)):
-        if layer.in_features % GRID or layer.out_features % GRID:
-            kept[f"for a side that is no multiple of {GRID}"] += 1
-        elif _kept_exact(model, path):
-            kept["for the model's class keeps them exact"] += 1
+        if why := _left_for(model, path, layer):
+            kept[why] += 1
         else:
             made = make(layer.to(device if via == "accelerator" else "cpu"))
             if not layers:
@@ -164,14 +162,40 @@ def _try(layer: nn.Linear, name: str, dtype: torch.dtype) -> None:
         ) from error
 
 
-def _kept_exact(model: nn.Module, path: str) -> bool:
+def _left_for(model: nn.Module, path: str, layer: nn.Linear) -> str:
+    """Why a layer stays as it is; empty for one that does not."""
+    if layer.in_features % GRID or layer.out_features % GRID:
+        return f"for a side that is no multiple of {GRID}"
     exact = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return any(part in exact for part in path.split("."))
+    if any(part in exact for part in path.split(".")):
+        return "for the model's class keeps them exact"
+    return ""
 
 
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layer)
+
+
+def held_bytes(model: nn.Module, name: str) -> int:
+    """What the weights of a model on ``meta`` take once `quantise` holds them in `name`.
+
+    One layer of each shape is really converted, on the CPU, so scales and padding count too.
+    """
+    total = weight_bytes(model)
+    if name == "no_change":
+        return total
+    make, saved = QUANTISERS[name].load(), dict[tuple[Any, ...], int]()
+    for path, layer in _candidates(model):
+        if _left_for(model, path, layer):
+            continue
+        shape = (layer.in_features, layer.out_features, layer.bias is not None)
+        if shape not in saved:
+            real = nn.Linear(*shape, dtype=layer.weight.dtype).requires_grad_(False)
+            whole = weight_bytes(real)
+            saved[shape] = whole - weight_bytes(make(real))
+        total -= saved[shape]
+    return total
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -191,6 +191,17 @@ def test_predict_in_a_sampler_loop_gives_the_stock_pipelines_latents_and_picture
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), picture, atol=1e-5, rtol=1e-5)
 
 
+def test_the_shapes_that_are_told_are_those_that_are_cached(tiny: Tiny) -> None:
+    """What `simpletuner estimate` builds its batch of."""
+    told = {name: tuple(shape) for name, shape in tiny.family.text_shapes.items()}
+    assert told == {name: tuple(value.shape) for name, value in tiny.embeds[0].items()}
+    vae = tiny.family.open_vae(CPU.device, torch.float32)
+    pixels = torch.zeros(1, 3, HEIGHT, WIDTH)
+    latents = tiny.family.encode_pixels(vae, pixels, [torch.Generator()])
+    channels, factor = tiny.family.latent_shape
+    assert tuple(latents.shape[1:]) == (channels, HEIGHT // factor, WIDTH // factor)
+
+
 def test_a_picture_is_encoded_and_decoded_as_its_vae_does(tiny: Tiny) -> None:
     vae = tiny.family.open_vae(CPU.device, torch.float32)
     pixels = torch.rand(1, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -32,6 +32,11 @@ COMMANDS = Table(
         Row("check", "simpletuner.apps.cli.check:run", "validate the settings, run nothing"),
         Row("data", "simpletuner.apps.cli.data:run", "show what would be trained on"),
         Row("cache", "simpletuner.apps.cli.cache:run", "fill, count, check and clear the caches"),
+        Row(
+            "estimate",
+            "simpletuner.apps.cli.estimate:run",
+            "say what memory and disk a run takes",
+        ),
         Row("train", "simpletuner.apps.cli.train:run", "train a model"),
         Row(
             "export",

@@ -208,6 +208,16 @@ class Flux(Family):
         ]
         return {_GUIDANCE: low + (high - low) * torch.tensor(shares, dtype=torch.float32)}
 
+    @property
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """T5's tokens and which of them are the caption; what CLIP says of the whole."""
+        length = self.text_options["tokenizer_max_length"]
+        return {
+            "prompt_embeds": (length, self._config["joint_attention_dim"]),
+            "pooled_prompt_embeds": (self._config["pooled_projection_dim"],),
+            "prompt_embeds_mask": (length,),
+        }
+
     def predict(
         self,
         denoiser: nn.Module,

@@ -44,6 +44,11 @@ class SD1(Family):
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     original = unet_names((False, True, True, True))
 
+    @property
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """CLIP's 77 tokens."""
+        return {"prompt_embeds": (77, self._config["cross_attention_dim"])}
+
     def predict(
         self,
         denoiser: nn.Module,

@@ -162,6 +162,16 @@ class SD3(Family):
             clip, pooled = torch.zeros_like(clip), torch.zeros_like(pooled)
         return {"prompt_embeds": torch.cat([clip, t5]), "pooled_prompt_embeds": pooled}
 
+    @property
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """CLIP's 77 tokens and behind them T5's; what both CLIPs say of the whole caption."""
+        length = 77 + self.text_options["tokenizer_max_length"]
+        tokens = (length, self._config["joint_attention_dim"])
+        return {
+            "prompt_embeds": tokens,
+            "pooled_prompt_embeds": (self._config["pooled_projection_dim"],),
+        }
+
     def predict(
         self,
         denoiser: nn.Module,

@@ -49,6 +49,14 @@ class SDXL(Family):
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     original = unet_names((True, True, False))
 
+    @property
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Both CLIPs' 77 tokens side by side, and what the second says of the whole caption."""
+        numbers = self._config["addition_time_embed_dim"] * (5 if self._refiner else 6)
+        pooled = self._config["projection_class_embeddings_input_dim"] - numbers
+        tokens = (77, self._config["cross_attention_dim"])
+        return {"prompt_embeds": tokens, "pooled_prompt_embeds": (pooled,)}
+
     def predict(
         self,
         denoiser: nn.Module,

@@ -1,0 +1,304 @@
+"""What a run will need, from its real architecture without weights and without a device.
+
+The denoiser is built on the ``meta`` device and takes one training step there; what it keeps alive
+is counted tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import Module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from simpletuner.adapters.method import attach
+from simpletuner.core.seeds import Seeds
+from simpletuner.core.types import Batch, Geometry, ParamGroup, Place, Sample
+from simpletuner.diffusion.objective import objective_of
+from simpletuner.optim.build import build_optimizer
+from simpletuner.optim.optimizers import OPTIMIZERS
+from simpletuner.precision.dtypes import run_dtype
+from simpletuner.precision.fit import fit
+from simpletuner.precision.quantise import held_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from simpletuner.adapters.method import Trainable
+    from simpletuner.config.root import Config
+    from simpletuner.data.source import DataSource
+    from simpletuner.models.family import Family
+
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, by what they are for; `weights` and `trained` count weights.
+
+    Args:
+        weights: Of the denoiser.
+        trained: Those that train.
+        base: What holds the denoiser's weights.
+        adapters: What holds trained weights beside the denoiser's own; 0 for full fine-tuning.
+        gradients: Of what trains.
+        optimizer: What the optimizer remembers.
+        average: The EMA's copy, on the device or beside the CPU as ema_device says.
+        average_on_device: True if it takes the device's memory.
+        activations: What a step holds besides, at most: for the largest batch, gradients aside.
+        cache: Of latents and captions on the disk.
+        width: The largest batch's pictures, px.
+        height: The same.
+        batch: Samples in it.
+    """
+
+    weights: int
+    trained: int
+    base: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    average: int
+    average_on_device: bool
+    activations: int
+    cache: int
+    width: int
+    height: int
+    batch: int
+
+    @property
+    def device(self) -> int:
+        """All that a training step holds on the device."""
+        held = self.base + self.adapters + self.gradients + self.optimizer + self.activations
+        return held + self.average * self.average_on_device
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that were made under it and are still there.
+
+    Attributes:
+        now: Bytes alive.
+        peak: The most there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._held: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run `func` and count what it made."""
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._held:
+            return
+        self._held[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._held.pop(key)
+
+
+class _Fused(torch.autograd.Function):
+    """Attention as the fused kernels keep it: inputs, output and one fp32 number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        answer = query.new_empty(*query.shape[:-1], value.shape[-1])
+        rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, answer, rows)
+        return answer
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return tuple(torch.empty_like(each) for each in (query, key, value))
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Off a device torch knows attention only with its matrix of all pairs, which no kernel keeps.
+
+    A function mode would not do: it is off while gradients are computed, so recomputed blocks would
+    take the other way.
+    """
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        return _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
+
+    functional = torch.nn.functional
+    stock = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = fused  # diffusers looks it up at each call
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = stock
+
+
+def estimate(config: Config, family: Family, sources: Sequence[DataSource]) -> Estimate:
+    """What the run of `config` needs.
+
+    Args:
+        config: The settings.
+        family: With a checkpoint whose configs are here.
+        sources: What is trained on, first.
+    """
+    dtype = run_dtype(config.precision)
+    held = _held_dtype(config)
+    denoiser = family.blueprint(held)
+    weights = sum(p.numel() for p in denoiser.parameters())
+    name = config.precision.base_model_precision
+    whole = config.adapter.model_type == "full"
+    base = held_bytes(denoiser, name)
+    # where adapters start costs nothing, and needs weights
+    chosen = config.adapter.model_copy(update={"lora_init_type": "default", "init_lora": None})
+    trainable = attach(denoiser, family, chosen)
+    Module.to(denoiser, _META, dtype)
+    fit(denoiser, config.precision)
+    trained = [(n, p.numel()) for n, p in trainable.parameters().items()]
+    count = sum(numel for _, numel in trained)
+    started = 1 + (config.adapter.lora_init_type in ("pissa", "olora"))
+    wide = held.itemsize if whole else 4
+    width, height = _largest(sources)
+    batch = config.schedule.train_batch_size
+    activations = _activations(config, family, trainable, dtype, width, height)
+    if whole and held != dtype:
+        activations += weights * dtype.itemsize  # autocast keeps a copy of each weight it casts
+    return Estimate(
+        weights=weights,
+        trained=count,
+        base=base,
+        adapters=0 if whole else count * wide * started,
+        gradients=count * wide,
+        optimizer=_remembered(config, trainable, held if whole else torch.float32),
+        average=count * 4 if config.adapter.use_ema else 0,
+        average_on_device=config.adapter.ema_device == "accelerator",
+        activations=activations,
+        cache=cache_bytes(family, sources, dtype),
+        width=width,
+        height=height,
+        batch=batch,
+    )
+
+
+def _held_dtype(config: Config) -> torch.dtype:
+    from simpletuner.precision.dtypes import base_dtype
+
+    trains = config.adapter.model_type == "full"
+    if trains and not OPTIMIZERS[config.optimizer.optimizer].fact("bf16_weights", False):
+        return torch.float32
+    return base_dtype(config.precision)
+
+
+def _largest(sources: Sequence[DataSource]) -> tuple[int, int]:
+    """Width and height in px of the shape with the most of them."""
+    shapes = {(int(w), int(h)) for source in sources for w, h in source.buckets.tolist()}
+    return max(shapes, key=lambda shape: shape[0] * shape[1])
+
+
+def _activations(
+    config: Config,
+    family: Family,
+    trainable: Trainable,
+    dtype: torch.dtype,
+    width: int,
+    height: int,
+) -> int:
+    """Bytes that one micro-batch of a step holds at most, gradients of weights aside."""
+    batch = example_batch(family, config.schedule.train_batch_size, width, height)
+    batch = batch.to(Place(_META, dtype))
+    objective = objective_of(family.prediction_type, family.scheduler_config, config.diffusion)
+
+    def step() -> Tensor:
+        t = objective.timesteps(torch.full((len(batch.samples),), 0.5).double(), 1)
+        draw = objective.draw(batch.latents, t, torch.zeros_like(batch.latents))
+        return (trainable.predict(family, draw, batch) - draw.target).square().mean()
+
+    peak = peak_of(step)
+    grads = [p.grad for p in trainable.parameters().values() if p.grad is not None]
+    return peak - sum(grad.nbytes for grad in grads)
+
+
+def peak_of(step: Callable[[], Tensor]) -> int:
+    """The most bytes alive while `step` gives a loss and that goes backward."""
+    with _fused_attention(), Live() as live:
+        step().backward()  # type: ignore[no-untyped-call]
+        return live.peak
+
+
+def example_batch(family: Family, count: int, width: int, height: int) -> Batch:
+    """A batch of zeros in the shapes that the caches of `family` give, on ``meta``."""
+    geometry = Geometry((width, height), (width, height), (0, 0, width, height))
+    samples = tuple(Sample(f"{n:032x}", "set", f"{n}", "", geometry) for n in range(count))
+    channels, factor = family.latent_shape
+    with _META:
+        latents = torch.zeros(count, channels, height // factor, width // factor)
+        embeds = {
+            name: torch.zeros(
+                count, *shape, dtype=torch.bool if name.endswith("_mask") else torch.float32
+            )
+            for name, shape in family.text_shapes.items()
+        }
+        told = family.drawn(samples, 0, Seeds(0))
+        controls = {name: value.to(_META) for name, value in told.items()}
+    return Batch(latents, embeds, samples, controls=controls)
+
+
+def _remembered(config: Config, trainable: Trainable, dtype: torch.dtype) -> int:
+    """Bytes of the optimizer's state after a step on ``meta``.
+
+    An optimizer that reads values takes it on the CPU, with one parameter of each shape.
+    """
+    name = config.optimizer.optimizer
+    if not OPTIMIZERS[name].fact("syncs") and not name.startswith("bnb-"):
+        return _state_bytes(config, trainable.groups(), dtype, _META)
+    found: dict[tuple[int, ...], int] = {}
+    total = 0
+    for each in trainable.parameters().values():
+        shape = tuple(each.shape)
+        if shape not in found:
+            alone = {"alone": torch.nn.Parameter(torch.zeros(shape))}
+            group = ParamGroup("alone", alone)
+            found[shape] = _state_bytes(config, [group], dtype, torch.device("cpu"))
+        total += found[shape]
+    return total
+
+
+def _state_bytes(
+    config: Config, groups: Sequence[ParamGroup], dtype: torch.dtype, device: torch.device
+) -> int:
+    for parameter in (p for group in groups for p in group.parameters.values()):
+        parameter.data = parameter.data.to(device, dtype)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = build_optimizer(config.optimizer, list(groups), Seeds(0))
+    optimizer.step()
+    values = [v for state in optimizer.state.values() for v in tree_leaves(state)]
+    return sum(v.nbytes for v in values if isinstance(v, torch.Tensor) and v.ndim)
+
+
+def cache_bytes(family: Family, sources: Sequence[DataSource], dtype: torch.dtype) -> int:
+    """Latents of every picture and the conditioning of every caption, without the files' heads."""
+    channels, factor = family.latent_shape
+    cells = sum(int((source.buckets // factor).prod(1).sum()) for source in sources)
+    captions = set[str]().union(*(source.all_captions() for source in sources)) | {""}
+    each = sum(
+        torch.Size(shape).numel() * (1 if name.endswith("_mask") else dtype.itemsize)
+        for name, shape in family.text_shapes.items()
+    )
+    return cells * channels * 4 + len(captions) * each
