@@ -47,6 +47,7 @@ METHODS_TRIED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "diag-oft": _lycoris("diag-oft"),
         "boft": _lycoris("boft"),
         "full": {"model_type": "full", "learning_rate": 1e-4},
+        "controlnet": {"model_type": "full", "controlnet": True},
     }
 )
 INT8 = MappingProxyType({"base_model_precision": "int8-quanto"})

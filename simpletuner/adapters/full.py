@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from simpletuner.adapters.export import write_tensors
-from simpletuner.adapters.method import Verified
-from simpletuner.core.errors import TrainingError
-from simpletuner.core.types import ParamGroup
+from simpletuner.adapters.folder import trained_groups, verify_folder, write_folder
 
 if TYPE_CHECKING:
+    from simpletuner.adapters.method import Verified
     from simpletuner.adapters.settings import AdapterSettings
-    from simpletuner.core.types import Batch, Draw
+    from simpletuner.core.types import Batch, Draw, ParamGroup
     from simpletuner.models.family import Family
-
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Full:
@@ -39,6 +34,11 @@ class Full:
 
     denoiser: nn.Module
     family: Family
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """See Trainable."""
+        return (self.denoiser,)
 
     @property
     def file(self) -> str:
@@ -71,16 +71,16 @@ class Full:
         return {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
 
     def groups(self) -> list[ParamGroup]:
-        """Matrices and kernels decay; biases and the scales of norms do not."""
-        parameters = self.parameters()
-        matrices = {name: p for name, p in parameters.items() if p.ndim > 1}
-        vectors = {name: p for name, p in parameters.items() if p.ndim <= 1}
-        groups = [ParamGroup("matrices", matrices), ParamGroup("vectors", vectors, decay=False)]
-        return [group for group in groups if group.parameters]
+        """See Trainable."""
+        return trained_groups(self.parameters())
 
     def predict(self, family: Family, draw: Draw, batch: Batch) -> Tensor:
         """See Trainable."""
         return family.predict(self.denoiser, draw, batch)
+
+    def open_sampler(self, family: Family, vae: nn.Module) -> Any:
+        """See Trainable."""
+        return family.open_sampler(self.denoiser, vae)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -102,38 +102,13 @@ class Full:
 
     def export(self, folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         """Write the denoiser as a folder in diffusers' layout, in the dtype it trains in."""
-        place = folder / self.file
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        self.denoiser.save_config(place)  # type: ignore[operator]
-        tensors = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in self.denoiser.state_dict().items()
-        }
-        write_tensors(place / _WEIGHTS, tensors, {"format": "pt", **metadata})
-        return [place]
+        write_folder(self.denoiser, folder / self.file, metadata)
+        return [folder / self.file]
 
     def verify(self, file: Path) -> Verified:
-        """Open the folder with the stock loader and compare every tensor.
+        """See Trainable.
 
         Raises:
-            TrainingError: One is missing, extra, or another.
+            TrainingError: A tensor is missing, extra, or another.
         """
-        ours = self.denoiser.state_dict()
-        dtype = next(self.denoiser.parameters()).dtype
-        stock = type(self.denoiser).from_pretrained(file, dtype=dtype)  # type: ignore[attr-defined]
-        theirs: Mapping[str, Tensor] = stock.state_dict()
-        wrong = sorted(ours.keys() ^ theirs.keys())
-        wrong += [
-            name
-            for name in sorted(ours.keys() & theirs.keys())
-            if not torch.equal(ours[name].cpu(), theirs[name])
-        ]
-        if wrong:
-            raise TrainingError(
-                f"{file.name} was written, but the stock loader reads back another model:"
-                f" {len(wrong)} tensors differ, for example {wrong[0]}",
-                fix="keep the last checkpoint and report this: the folder must not be used",
-            )
-        modules = {name.rpartition(".")[0] for name in ours}
-        return Verified(len(modules), len(modules), 0.0)
+        return verify_folder(self.denoiser, file)

@@ -102,6 +102,11 @@ class LoRA:
     layout: str = "diffusers"
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """See Trainable."""
+        return (self.denoiser,)
+
+    @property
     def file(self) -> str:
         """See Trainable."""
         return export_files.LORA_FILE
@@ -180,6 +185,10 @@ class LoRA:
     def predict(self, family: Family, draw: Draw, batch: Batch) -> Tensor:
         """See Trainable."""
         return family.predict(self.denoiser, draw, batch)
+
+    def open_sampler(self, family: Family, vae: nn.Module) -> Any:
+        """See Trainable."""
+        return family.open_sampler(self.denoiser, vae)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

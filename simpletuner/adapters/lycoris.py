@@ -92,6 +92,11 @@ class Lycoris:
         return getattr(self.denoiser, _CHILD)
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """See Trainable."""
+        return (self.denoiser,)
+
+    @property
     def file(self) -> str:
         """See Trainable."""
         return export_files.LORA_FILE
@@ -130,6 +135,10 @@ class Lycoris:
     def predict(self, family: Family, draw: Draw, batch: Batch) -> Tensor:
         """See Trainable."""
         return family.predict(self.denoiser, draw, batch)
+
+    def open_sampler(self, family: Family, vae: nn.Module) -> Any:
+        """See Trainable."""
+        return family.open_sampler(self.denoiser, vae)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

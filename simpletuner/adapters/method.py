@@ -41,7 +41,11 @@ class Trainable(Protocol):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The module that is called, adapters included."""
+        """The module that predicts, adapters included."""
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All that a step calls: the denoiser, and what trains beside it."""
 
     @property
     def file(self) -> str:
@@ -72,6 +76,9 @@ class Trainable(Protocol):
     def predict(self, family: Family, draw: Draw, batch: Batch) -> Tensor:
         """`family.predict` with the adapters on."""
 
+    def open_sampler(self, family: Family, vae: nn.Module) -> Any:
+        """The stock pipeline around the live modules."""
+
     def disabled(self) -> AbstractContextManager[Any]:
         """The untouched base, as long as the context is open; contexts may lie in each other."""
 
@@ -93,15 +100,20 @@ METHODS = Table(
             needs="lycoris",
         ),
         Row("full", "simpletuner.adapters.full:attach", "All weights of the denoiser."),
+        Row(
+            "controlnet",
+            "simpletuner.adapters.controlnet:attach",
+            "A ControlNet beside the frozen denoiser.",
+        ),
     ),
 )
 
 
-def method_of(model_type: str, lora_type: str) -> Row:
-    """The row that `model_type` and `lora_type` name together."""
-    if model_type == "full":
-        return METHODS["full"]
-    return METHODS["lora" if lora_type == "standard" else lora_type]
+def method_of(settings: AdapterSettings) -> Row:
+    """The row that the settings name together."""
+    if settings.trains == "lora":
+        return METHODS["lora" if settings.lora_type == "standard" else settings.lora_type]
+    return METHODS[settings.trains]
 
 
 def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Trainable:
@@ -110,6 +122,6 @@ def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Tr
     Raises:
         ConfigError: The settings do not fit it.
     """
-    method = method_of(settings.model_type, settings.lora_type)
+    method = method_of(settings)
     trainable: Trainable = method.load()(denoiser, family, settings)
     return trainable

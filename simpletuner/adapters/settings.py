@@ -94,12 +94,13 @@ class AdapterSettings(Section):
     train_text_encoder: bool = setting(False, pending=True)
     """Also train the text encoders."""
 
-    controlnet: bool = setting(False, pending=True)
-    """Train a ControlNet branch beside the model instead of the model itself."""
+    controlnet: bool = setting(False)
+    """Train a ControlNet beside the model, which stays as it is: a net that sees a control picture.
+    With model_type full; each dataset of pictures needs one of control pictures."""
 
-    controlnet_model_name_or_path: str | None = setting(None, pending=True)
+    controlnet_model_name_or_path: str | None = setting(None)
     """A ControlNet to go on from: a hub id or a folder; without it, a copy of the model's own
-    encoder."""
+    first half that adds nothing yet."""
 
     use_ema: bool = setting(False)
     """Keep a running average of the trained weights beside them, in fp32: it is what is validated,
@@ -117,3 +118,8 @@ class AdapterSettings(Section):
 
     ema_warmup_steps: int = setting(0, ge=0, unit="optimizer steps")
     """Until this step the average is a copy of the weights."""
+
+    @property
+    def trains(self) -> str:
+        """What trains: lora, full, or controlnet."""
+        return "controlnet" if self.controlnet else self.model_type

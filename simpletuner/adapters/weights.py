@@ -39,10 +39,10 @@ class Weights:
             state: ``raw``: as they train. ``eval``: as they are shown and saved: their average, if
                 there is one (ours, or that of an optimizer that keeps one), and dropout off.
         """
-        modules = dict(self.trainable.denoiser.named_modules())
-        modes = {name: module.training for name, module in modules.items()}
+        modes = [(m, m.training) for each in self.trainable.modules for m in each.modules()]
         if state == "eval":
-            self.trainable.denoiser.eval()
+            for each in self.trainable.modules:
+                each.eval()
         averaged: AbstractContextManager[object] = nullcontext()
         if state == "eval":
             averaged = self.ema.shown() if self.ema else self._averaged_by_the_optimizer()
@@ -50,8 +50,8 @@ class Weights:
             with averaged:
                 yield
         finally:
-            for name, module in modules.items():
-                module.training = modes[name]
+            for module, mode in modes:
+                module.training = mode
 
     @contextmanager
     def _averaged_by_the_optimizer(self) -> Iterator[None]:

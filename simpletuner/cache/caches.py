@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.core.types import Batch
 
 if TYPE_CHECKING:
+    from simpletuner.cache.controls import ControlCache
     from simpletuner.cache.latents import LatentCache
     from simpletuner.cache.masks import MaskCache
     from simpletuner.cache.text import TextCaches
@@ -33,6 +34,7 @@ class Caches:
     text: TextCaches
     seeds: Seeds
     masks: MaskCache
+    controls: ControlCache
 
     def batch(self, planned: PlannedBatch) -> Batch:
         """The tensors of one micro-batch, on the CPU."""
@@ -49,6 +51,7 @@ class Caches:
             mask=self.masks.masks(
                 source, planned.rows, samples, (latents.shape[-2], latents.shape[-1])
             ),
+            controls=self.controls.controls(source, planned.rows, samples, planned.epoch),
         )
 
     def embeds(self, captions: Sequence[str]) -> Embeds:

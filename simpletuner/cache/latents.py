@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from simpletuner.cache.settings import CacheSettings
     from simpletuner.core.events import Bus
     from simpletuner.core.types import Place, Sample
+    from simpletuner.data.control import Pictures
     from simpletuner.data.source import DataSource
     from simpletuner.models.family import Family
 
@@ -73,8 +74,15 @@ class LatentCache:
 
     # --- before training -------------------------------------------------------------------------
 
-    def prepare(self, sources: Sequence[DataSource], bus: Bus) -> tuple[DataSource, ...]:
+    def prepare(
+        self, sources: Sequence[DataSource], bus: Bus, beside: Sequence[Pictures] = ()
+    ) -> tuple[DataSource, ...]:
         """Encode what is missing; without anything missing, no VAE is opened.
+
+        Args:
+            sources: The datasets.
+            bus: Told of progress and of what is left out.
+            beside: What else is encoded, of which each picture is known to be whole.
 
         Returns:
             The sources to train on: `sources` themselves, or without the pictures that turned out
@@ -85,7 +93,7 @@ class LatentCache:
                 it was indexed.
             CacheError: The cache cannot be written, or the memory is full.
         """
-        kept = [source for source in sources if _before_training(source)]
+        kept = [each for each in (*sources, *beside) if _before_training(each)]
         tasks = self._missing(kept)
         if not tasks:
             if kept:
@@ -97,7 +105,7 @@ class LatentCache:
             self._release()
         return tuple(_without(s, faults[s.id], bus) if s.id in faults else s for s in sources)
 
-    def _missing(self, sources: Sequence[DataSource]) -> list[Task]:
+    def _missing(self, sources: Sequence[Pictures]) -> list[Task]:
         """What has to be encoded, copies of one picture once, equal sizes together.
 
         The largest come first: they are those that may not fit the device.
@@ -151,15 +159,15 @@ class LatentCache:
             ]
         )
 
-    def folder(self, source: DataSource) -> Path:
+    def folder(self, source: Pictures) -> Path:
         """Where the latents of a dataset that keeps them are."""
         return self.stores[source.id].folder
 
-    def keys(self, source: DataSource) -> set[bytes]:
+    def keys(self, source: Pictures) -> set[bytes]:
         """The entries of a dataset's pictures."""
         return set(self._all_keys(source))
 
-    def factor(self, source: DataSource) -> int | None:
+    def factor(self, source: Pictures) -> int | None:
         """Pixels along the edge of a latent cell of a dataset; None while nothing is kept of it."""
         keys = self._all_keys(source)
         rows = self.stores[source.id].locate(keys)
@@ -171,7 +179,7 @@ class LatentCache:
 
     # --- while training --------------------------------------------------------------------------
 
-    def latents(self, source: DataSource, samples: Sequence[Sample], epoch: int) -> torch.Tensor:
+    def latents(self, source: Pictures, samples: Sequence[Sample], epoch: int) -> torch.Tensor:
         """[B, C, h, w] fp32 of draws of one size, on the CPU.
 
         Raises:
@@ -200,14 +208,14 @@ class LatentCache:
                 store.read_into(row, {TENSOR: batch[i]})
         return batch
 
-    def _add(self, source: DataSource, samples: Mapping[bytes, Sample]) -> None:
+    def _add(self, source: Pictures, samples: Mapping[bytes, Sample]) -> None:
         """Encode pictures that training meets for the first time, and keep them."""
         noise = [_fixed_noise(sample.id, source.id) for sample in samples.values()]
         latents = self._encode_samples(source, list(samples.values()), noise)
         for key, latent in zip(samples, latents, strict=True):
             self.stores[source.id].put(key, {TENSOR: latent})
 
-    def _fresh(self, source: DataSource, samples: Sequence[Sample], epoch: int) -> torch.Tensor:
+    def _fresh(self, source: Pictures, samples: Sequence[Sample], epoch: int) -> torch.Tensor:
         noise = [
             self._seeds.generator("posterior", s.id, s.dataset, epoch, s.occurrence)
             for s in samples
@@ -215,7 +223,7 @@ class LatentCache:
         return self._encode_samples(source, samples, noise)
 
     def _encode_samples(
-        self, source: DataSource, samples: Sequence[Sample], noise: Sequence[torch.Generator]
+        self, source: Pictures, samples: Sequence[Sample], noise: Sequence[torch.Generator]
     ) -> torch.Tensor:
         size = source.settings.vae_batch_size
         parts = []
@@ -266,10 +274,10 @@ class LatentCache:
             vae.enable_slicing()
         return vae
 
-    def _all_keys(self, source: DataSource) -> list[bytes]:
+    def _all_keys(self, source: Pictures) -> list[bytes]:
         return self._keys(source, source.content, source.boxes())
 
-    def _keys(self, source: DataSource, contents: Any, boxes: Any) -> list[bytes]:
+    def _keys(self, source: Pictures, contents: Any, boxes: Any) -> list[bytes]:
         return latent_keys(
             contents,
             boxes,
@@ -282,7 +290,7 @@ class LatentCache:
 
 
 def open_stores(
-    sources: Sequence[DataSource], *, rank: int = 0, bus: Bus | None = None
+    sources: Sequence[Pictures], *, rank: int = 0, bus: Bus | None = None
 ) -> dict[str, TensorStore]:
     """The store of every dataset that keeps its latents, by its id; one folder has one store."""
     stores: dict[Path, TensorStore] = {}
@@ -301,7 +309,7 @@ def open_stores(
     return found
 
 
-def _before_training(source: DataSource) -> bool:
+def _before_training(source: Pictures) -> bool:
     return not (source.settings.vae_cache_disable or source.settings.vae_cache_ondemand)
 
 

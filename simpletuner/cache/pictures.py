@@ -21,7 +21,7 @@ from simpletuner.data.pixels import PictureError
 
 if TYPE_CHECKING:
     from simpletuner.core.types import Sample
-    from simpletuner.data.source import DataSource
+    from simpletuner.data.control import Pictures
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Task:
         size: What is encoded, (width, height) in px.
     """
 
-    source: DataSource
+    source: Pictures
     row: int
     content: str
     key: bytes
@@ -77,7 +77,7 @@ def _in_order(pool: ThreadPoolExecutor, tasks: Sequence[Task], ahead: int) -> It
         yield first, future.result()
 
 
-def decode_now(source: DataSource, samples: Sequence[Sample]) -> list[torch.Tensor]:
+def decode_now(source: Pictures, samples: Sequence[Sample]) -> list[torch.Tensor]:
     """[3, H, W] uint8 of each draw.
 
     Raises:
@@ -102,7 +102,7 @@ def decode_now(source: DataSource, samples: Sequence[Sample]) -> list[torch.Tens
     return found
 
 
-def _decode(source: DataSource, drawn: int | Sample) -> torch.Tensor:
+def _decode(source: Pictures, drawn: int | Sample) -> torch.Tensor:
     return torch.from_numpy(source.pixels(drawn)).permute(2, 0, 1).contiguous()
 
 

@@ -145,7 +145,8 @@ def weights_can_be_quantised(run: Proposal) -> Iterator[Problem]:
             continue
         if why := quantised_in(name, run.device, "fp32" if mixed == "no" else mixed):
             yield run.problem(key, why)
-        if key == "base_model_precision" and run.values["model_type"] == "full":
+        trains_it = run.values["model_type"] == "full" and not run.values["controlnet"]
+        if key == "base_model_precision" and trains_it:
             yield run.problem(
                 key,
                 f"{name} is for frozen weights, and model_type full trains them all; set it to"

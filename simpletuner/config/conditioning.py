@@ -72,6 +72,32 @@ def unfit(pictures: Sequence[Read], conditioning: Sequence[Read]) -> Iterator[Pr
         yield from _astray(each, [other.settings for other in pictures])
 
 
+def uncontrolled(
+    pictures: Sequence[Read], conditioning: Sequence[Read], *, trains: str
+) -> Iterator[Problem]:
+    """Pictures without the control pictures that a ControlNet trains on, or these without a net.
+
+    Args:
+        pictures: Those that are trained on.
+        conditioning: All there is.
+        trains: lora, full, or controlnet.
+    """
+    controls = [o for o in conditioning if o.settings.conditioning_type == "controlnet"]
+    if trains != "controlnet":
+        for each in controls:
+            yield each.given["conditioning_type"].problem(
+                "holds pictures for a ControlNet, and this run trains none; set controlnet true"
+                " with model_type full, or set this entry disabled: true"
+            )
+        return
+    for each in pictures:
+        if not any(_together(each.settings, other.settings) for other in controls):
+            yield each.given["id"].problem(
+                f"controlnet trains on control pictures, and {each.id} has none; add an entry with"
+                " the conditioning_type controlnet and name it in the conditioning_data of this one"
+            )
+
+
 def _together(pictures: DatasetSettings, other: DatasetSettings) -> bool:
     """True if one of the two names the other."""
     return other.id in pictures.named_conditioning or other.source_dataset_id == pictures.id

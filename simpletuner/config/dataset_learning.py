@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from simpletuner.config.conditioning import unfit
+from simpletuner.config.conditioning import uncontrolled, unfit
 from simpletuner.config.objective_checks import FLOW_LAWS
 from simpletuner.models.families import FAMILIES
 
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 def check_learning(found: DatasetsFile, around: Surroundings) -> None:
     """Every conditioning set belongs to pictures, and some pictures teach something."""
     found.problems += unfit(found.pictures, found.conditioning)
+    trained = [each for each in found.pictures if each.settings.dataset_type != "eval"]
+    found.problems += uncontrolled(trained, found.conditioning, trains=around.trains)
     _check_offsets(found, around)
-    trains = around.given.get("model_type")
-    if trains is not None and trains.value == "full":
+    if around.trains == "full":
         found.problems += [
             each.given["is_regularisation_data"].problem(
                 "compares with the untouched base, which model_type full does not keep; set"

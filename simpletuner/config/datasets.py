@@ -76,6 +76,7 @@ class Surroundings:
         cache: Where caches are, unless an entry says otherwise.
         given: What the user wrote in the settings, by key.
         model_family: Of the run; empty while it is not known.
+        trains: What the run trains: lora, full, or controlnet.
         output_dir: Of the run.
         environ: The environment variables.
         cwd: What relative paths start from.
@@ -87,6 +88,7 @@ class Surroundings:
     cache: CacheSettings
     given: Mapping[str, Given]
     model_family: str
+    trains: str
     output_dir: Path
     environ: Mapping[str, str]
     cwd: Path

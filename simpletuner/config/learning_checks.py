@@ -10,9 +10,13 @@ from simpletuner.config.flat import SETTINGS, problems_inside
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.core.errors import ConfigError, Problem
 from simpletuner.core.table import Row
+from simpletuner.models.control import net_folder
+from simpletuner.models.families import FAMILIES
+from simpletuner.models.loading import is_local
 from simpletuner.optim.optimizers import OPTIMIZERS, numbers
 from simpletuner.optim.schedules import SCHEDULES
 
+_NET = "controlnet_model_name_or_path"
 _OF_LORA = (
     *("lora_dropout", "lora_format", "lora_init_type", "peft_lora_target_modules"),
     *("use_dora", "use_rslora"),
@@ -35,6 +39,34 @@ def first_adapter_exists(run: Proposal) -> Iterator[Problem]:
         path = run.says(key)
         if path and not lora_file(path).is_file():
             yield run.problem(key, f"{lora_file(path)} does not exist; correct the path")
+
+
+def controlnet_can_train(run: Proposal) -> Iterator[Problem]:
+    """The family has a ControlNet, all of its weights train, and what it goes on from is there."""
+    family, named = run.values.get("model_family", ""), run.says(_NET)
+    if not run.values["controlnet"]:
+        if named:
+            yield run.problem(_NET, "changes nothing without controlnet; set that, or remove this")
+        return
+    able = [name for name, row in FAMILIES.items() if row.fact("control", False)]
+    if family in FAMILIES and not FAMILIES[family].pending and family not in able:
+        yield run.problem(
+            "controlnet",
+            f"cannot be trained for {family}, only for {' and '.join(able)}; remove it, or set"
+            " model_family to one of these",
+        )
+    if run.values["model_type"] == "lora":
+        yield run.problem(
+            "controlnet",
+            "trains all weights of a ControlNet, and model_type lora would be an adapter of one,"
+            " which is not here; set model_type full",
+        )
+    if named and is_local(named) and net_folder(named) is None:
+        yield run.problem(
+            _NET,
+            f"{named} is not a folder with a ControlNet: it has no config.json; correct the path,"
+            " or name one of the hub as owner/name",
+        )
 
 
 def settings_of_method(run: Proposal) -> Iterator[Problem]:
@@ -218,6 +250,7 @@ def _wrong_options(run: Proposal, key: str, row: Row) -> Iterator[Problem]:
 LEARNING_CHECKS: tuple[Check, ...] = (
     one_choice_of_modules,
     first_adapter_exists,
+    controlnet_can_train,
     settings_of_method,
     starts_from_the_base,
     dora_over_quantised,

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from simpletuner.adapters.settings import AdapterSettings
 from simpletuner.cache.settings import CacheSettings
 from simpletuner.config.checks import QUANTISED_PARTS, contradictions
 from simpletuner.config.datasets import DatasetsFile, Surroundings, check_draws, read_datasets
@@ -209,12 +210,13 @@ class _Loading:
         path = self._datasets_path(place, values.get("data_backend_config"), output_dir, given)
         if path is None:
             return None, None
-        data, cache = built["data"], built["cache"]
+        data, cache, adapter = built["data"], built["cache"], built["adapter"]
         around = Surroundings(
             data=data if isinstance(data, DataSettings) else DataSettings(),
             cache=cache if isinstance(cache, CacheSettings) else CacheSettings(),
             given=given,
             model_family=str(values.get("model_family", "")),
+            trains=adapter.trains if isinstance(adapter, AdapterSettings) else "lora",
             output_dir=output_dir,
             environ=self.environ,
             cwd=self.cwd,

@@ -112,7 +112,7 @@ class Batch:
         samples: The B draws.
         mask: [B, 1, *S] fp32 in 0..1, a factor on the loss of each cell; None for 1.
         references: Reference latents of edit models.
-        controls: Control inputs by the denoiser's own argument names.
+        controls: Control inputs by the own argument names of the denoiser or its ControlNet.
     """
 
     latents: Tensor
@@ -147,7 +147,9 @@ class Batch:
             for name, value in self.embeds.items()
         }
         mask = None if self.mask is None else change(self.mask)
-        return replace(self, latents=change(self.latents), embeds=embeds, mask=mask)
+        controls = {name: change(value) for name, value in self.controls.items()}
+        latents = change(self.latents)
+        return replace(self, latents=latents, embeds=embeds, mask=mask, controls=controls)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -76,9 +76,18 @@ class Beside:
         """The set of masks."""
         return next((each for each in self.sets if each.kind == "mask"), None)
 
+    @property
+    def control(self) -> Paired | None:
+        """The set of control pictures."""
+        return next((each for each in self.sets if each.kind == "controlnet"), None)
+
     def image(self, each: Paired, row: int) -> Image.Image:
         """The file of one set that goes with a row; see `Paired.image`."""
         return each.image(int(self._rows[each.id][row]))
+
+    def path(self, each: Paired, row: int) -> str:
+        """The path of the file of one set that goes with a row."""
+        return each.path(int(self._rows[each.id][row]))
 
     def contents(self, each: Paired, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """[k] void of 16 bytes, the digests of the files of one set that go with some rows."""

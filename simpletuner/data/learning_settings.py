@@ -35,11 +35,12 @@ class DatasetLearningSettings(LearningSettings):
 
     conditioning_type: (
         Literal["controlnet", "mask", "reference_strict", "reference_loose"] | None
-    ) = setting(None, pending=("controlnet", "reference_strict", "reference_loose"))
+    ) = setting(None, pending=("reference_strict", "reference_loose"))
     """What the pictures of a conditioning dataset are to those they belong to; each has the path of
     its picture, but for the ending. A mask says by its brightness how much is learned: white all,
-    black nothing. A mask, a picture for a controlnet and a strict reference have the shape of their
-    picture and are resized and cut as it is; a loose reference has its own shape."""
+    black nothing; a picture for a controlnet is what the net sees. These and a strict reference
+    have the shape of their picture and are resized and cut as it is; a loose reference has its own
+    shape."""
 
     conditioning_data: str | tuple[str, ...] | None = setting(None)
     """The conditioning datasets that belong to this one, by id."""

@@ -53,13 +53,14 @@ class Paired:
         id: Its name.
         kind: Its conditioning_type.
         word: What one of its files is called.
+        settings: Its entry.
     """
 
     def __init__(self, settings: DatasetSettings, index: Index, table: pa.Table) -> None:
         assert settings.conditioning_type is not None, "checked with the settings"
         self.id, self.kind = settings.id, settings.conditioning_type
         self.word = WORDS[self.kind]
-        self._settings = settings
+        self.settings = settings
         self._index = index
         self._table = table
 
@@ -139,7 +140,7 @@ class Paired:
         if len(new):
             table = self._decode(table, new)
         broken = pc.equal(table["status"].take(pa.array(wanted)), "reject")
-        return Paired(self._settings, self._index, table) if pc.any(broken).as_py() else self
+        return Paired(self.settings, self._index, table) if pc.any(broken).as_py() else self
 
     def _decode(self, table: pa.Table, rows: NDArray[np.int32]) -> pa.Table:
         """`table` as it is saved: with what decoding `rows` finds, also if it is broken off."""
@@ -189,13 +190,21 @@ class Paired:
             PictureError: It cannot be read or decoded.
             DataError: It is not the file that was indexed.
         """
-        path, content = (self._table[name][row].as_py() for name in ("path", "content"))
+        return self.opened(self.path(row), self._table["content"][row].as_py().hex())
+
+    def path(self, row: int) -> str:
+        """The relative path of one file."""
+        found: str = self._table["path"][row].as_py()
+        return found
+
+    def opened(self, path: str, content: str) -> Image.Image:
+        """What `image` gives of the file at `path` with the digest `content`, 32 hex digits."""
         where = f"dataset {self.id}: {path}"
-        data = self._index.read(path, content.hex(), where)
+        data = self._index.read(path, content, where)
         try:
             if self.kind == "mask":
                 return decode(data, _BLACK).convert("L")
-            return decode(data, background(self._settings))
+            return decode(data, background(self.settings))
         except PictureError as error:
             raise PictureError(error.reason, where) from error
 

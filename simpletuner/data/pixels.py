@@ -93,6 +93,21 @@ def render(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
     return _cut(image, geometry, Image.Resampling.LANCZOS)
 
 
+def render_beside(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
+    """What `render` does to a picture, done to one of its shape that may have another size.
+
+    Args:
+        image: Mode RGB.
+        geometry: That of the picture.
+
+    Returns:
+        [H, W, 3] uint8.
+    """
+    if image.size != geometry.source:
+        image = image.resize(geometry.source, Image.Resampling.LANCZOS)
+    return render(image, geometry)
+
+
 def render_mask(mask: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
     """What `render` does to a picture, done to its mask, which may have another size.
 

@@ -22,12 +22,20 @@ from simpletuner.data.caption_edits import PLACEHOLDER
 from simpletuner.data.caption_settings import DatasetCaptionSettings
 from simpletuner.data.choice import choose
 from simpletuner.data.columns import bytes16, keys_of, sizes_of
+from simpletuner.data.control import ControlPictures
 from simpletuner.data.excluded import Excluded, listed, pictures
 from simpletuner.data.files import open_files
 from simpletuner.data.index import Index, marked
 from simpletuner.data.paired import Paired
 from simpletuner.data.permutation import mix
-from simpletuner.data.pixels import PictureError, decode, opacity, render, render_mask
+from simpletuner.data.pixels import (
+    PictureError,
+    decode,
+    opacity,
+    render,
+    render_beside,
+    render_mask,
+)
 from simpletuner.data.rules import background, caption_rule, sizing
 from simpletuner.data.settings import DatasetSettings
 
@@ -387,6 +395,12 @@ class DataSource:
         return self.content[rows] if masks is None else self._beside.contents(masks, rows)
 
     @property
+    def controls(self) -> ControlPictures | None:
+        """The control pictures that go with these, one for each."""
+        paired = self._beside.control
+        return None if paired is None else ControlPictures(self, self._beside, paired)
+
+    @property
     def conditions(self) -> tuple[tuple[str, str], ...]:
         """The id and conditioning_type of each set of pictures that goes with these."""
         return tuple((each.id, each.kind) for each in self._beside.sets if each.kind != "mask")
@@ -410,9 +424,7 @@ class DataSource:
         image = self._beside.image(each, row)
         if each.kind == "reference_loose":
             geometry = self._own_geometry(image.size, key64("crop", bytes(self.content[row]), name))
-        elif image.size != geometry.source:
-            image = image.resize(geometry.source, Image.Resampling.LANCZOS)
-        return render(image, geometry)
+        return render_beside(image, geometry)
 
     def _own_geometry(self, size: tuple[int, int], key: int) -> Geometry:
         sizes = np.array([size], np.int64)

@@ -62,6 +62,11 @@ class Checkpoint:
         found: Mapping[str, Any] = read_json(self.folder / "scheduler" / "scheduler_config.json")
         return found
 
+    def config(self, part: str) -> Mapping[str, Any]:
+        """The ``config.json`` of one component."""
+        found: Mapping[str, Any] = read_json(self._part_folder(part) / "config.json")
+        return found
+
     def scheduler(self, **changes: Any) -> Any:
         """A fresh instance of the checkpoint's own scheduler, with `changes` to its config.
 
@@ -190,11 +195,6 @@ class Checkpoint:
         if self.file is None or folder != self.folder / part:
             return found + self._weights(folder)
         return [*found, self.file]
-
-    @property
-    def vae_config(self) -> Path:
-        """The VAE's ``config.json``."""
-        return self._part_folder("vae") / "config.json"
 
     def _part_folder(self, part: str) -> Path:
         if part != "vae" or self.vae is None:

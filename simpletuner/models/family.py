@@ -10,10 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from simpletuner.core.files import content_digest, read_json
+from simpletuner.core.errors import ConfigError
+from simpletuner.core.files import content_digest
+from simpletuner.models import control
 from simpletuner.models.original import OriginalNames
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from simpletuner.core.seeds import Seeds
     from simpletuner.core.types import Batch, Draw, Embeds, Place, Sample
     from simpletuner.models.checkpoint import Checkpoint
+    from simpletuner.models.control import ControlNet
 
     Shrink = Callable[[str, nn.Module, torch.device], None]
     """Given a part's name, the part, frozen and on the CPU, and the device it goes to next."""
@@ -89,6 +93,8 @@ class Family(ABC):
     """The denoiser's modules in the model's original release."""
     kohya_names: ClassVar[str] = "original"
     """Whose names kohya's layout makes flat: ``original`` or ``diffusers``."""
+    control: ClassVar[ControlNet | None] = None
+    """Its ControlNet, if diffusers has one and it can be trained here."""
 
     checkpoint: Checkpoint
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -150,13 +156,12 @@ class Family(ABC):
     @cached_property
     def _config(self) -> Mapping[str, Any]:
         """The denoiser's ``config.json``."""
-        found: Mapping[str, Any] = read_json(self.checkpoint.folder / self.denoiser / "config.json")
-        return found
+        return self.checkpoint.config(self.denoiser)
 
     @property
     def latent_shape(self) -> tuple[int, int]:
         """The channels of a latent, and how many px along an edge one of its cells stands for."""
-        config = read_json(self.checkpoint.vae_config)
+        config = self.checkpoint.config("vae")
         return int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
 
     @property
@@ -164,13 +169,65 @@ class Family(ABC):
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of each text output of one caption, by its name."""
 
-    def open_sampler(self, denoiser: nn.Module, vae: nn.Module) -> Any:
-        """The stock pipeline around the live denoiser, with the checkpoint's own scheduler."""
-        import diffusers
+    def check_control(self, folder: Path | None = None, label: str = "") -> ControlNet:
+        """What the ControlNet of this model is; reads no weights.
 
-        cls = getattr(diffusers, self.pipeline)
+        Args:
+            folder: With a net in diffusers' layout to go on from.
+            label: What the user calls it.
+
+        Raises:
+            ConfigError: This model takes none, or not this one.
+        """
+        if self.control is None:
+            raise ConfigError(
+                f"controlnet: {self.checkpoint.label} takes no ControlNet",
+                fix="remove controlnet, or name another model",
+            )
+        if folder is not None:
+            base = self.checkpoint.config(self.denoiser)
+            control.check_fits(self.control, folder, base, label)
+        return self.control
+
+    def open_control(self, folder: Path | None = None, label: str = "") -> nn.Module:
+        """A ControlNet in fp32 on the CPU: a new one, or the one in `folder`.
+
+        Args:
+            folder: As for `check_control`.
+            label: Likewise.
+
+        Raises:
+            ConfigError: This model takes none, or not this one.
+            ModelError: It cannot be read.
+        """
+        import torch
+
+        kind = self.check_control(folder, label)
+        if folder is not None:
+            return control.open_control(kind, folder, label)
+        # read anew in fp32: the live denoiser may be in fewer bits
+        return control.begin_control(kind, self.checkpoint.open_part(self.denoiser, torch.float32))
+
+    def open_sampler(
+        self, denoiser: nn.Module, vae: nn.Module, net: nn.Module | None = None
+    ) -> Any:
+        """The stock pipeline around the live denoiser, with the checkpoint's own scheduler.
+
+        Args:
+            net: The live ControlNet, for the pipeline that takes one.
+        """
+        import diffusers
+        import torch
+
+        name, parts = self.pipeline, {self.denoiser: denoiser}
+        if net is not None:
+            assert self.control is not None, "a net was opened for this family"
+            name, parts = self.control.pipeline, {**parts, control.PART: net}
+            if self.control.picture == "latents" and denoiser.dtype == torch.float32:
+                vae = vae.float()  # it is given the control picture in the denoiser's dtype
         options = {**dict.fromkeys(self.text_parts), **self.pipeline_options}
-        return cls(**options, **{self.denoiser: denoiser}, vae=vae, scheduler=self.scheduler())
+        cls = getattr(diffusers, name)
+        return cls(**options, **parts, vae=vae, scheduler=self.scheduler())
 
     def scheduler(self) -> Any:
         """A fresh scheduler of the checkpoint's own kind, for what the denoiser really predicts."""
@@ -233,8 +290,8 @@ class Family(ABC):
         """Latent cells along the edge of one token of the denoiser; a UNet's tokens are cells."""
         return int(self._config.get("patch_size") or 1)
 
-    def unused(self, denoiser: nn.Module) -> frozenset[str]:
-        """Names of the denoiser's weights that its answer does not depend on, so cannot learn."""
+    def unused(self, module: nn.Module) -> frozenset[str]:
+        """Names of weights that the answer of a denoiser or a ControlNet does not depend on."""
         return frozenset()
 
     def tokens(self, latents: Tensor) -> int:
@@ -363,6 +420,19 @@ class Family(ABC):
         Returns:
             [B, C, *S], fp32.
         """
+
+    def residuals(self, net: nn.Module, draw: Draw, batch: Batch) -> Mapping[str, Any]:
+        """What a ControlNet adds inside the denoiser, by the denoiser's own argument names.
+
+        Must not change its inputs.
+
+        Args:
+            net: Of `open_control`.
+            draw: As `predict` sees it.
+            batch: The same, with ``controls["controlnet_cond"]``: [B, 3, H, W] in [0, 1], or
+                [B, C, *S] where the family's net sees latents.
+        """
+        raise NotImplementedError(f"{self.name} declares no control")
 
     def sampler_arguments(
         self, embeds: Embeds, negative: Embeds, width: int, height: int

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.core.errors import ConfigError, ModelError
 from simpletuner.core.files import read_json
 from simpletuner.models.checkpoint import CONFIGS, Checkpoint
+from simpletuner.models.control import PART, net_folder
 from simpletuner.models.embedded import embedded_folder
 from simpletuner.models.families import FAMILIES
 
@@ -92,6 +93,11 @@ def _resolve(
     return Checkpoint(name, folder, revision=settings.revision, **rest)  # type: ignore[arg-type]
 
 
+def is_local(name: str) -> bool:
+    """True if `name` means a place on this machine, there or not, and not a model of the hub."""
+    return Path(name).expanduser().exists() or _looks_like_path(name)
+
+
 def _looks_like_path(name: str) -> bool:
     return name.count("/") != 1 or name[0] in "./~" or Path(name).suffix in _WEIGHTS + _PICKLES
 
@@ -158,25 +164,41 @@ def _configs(repo: str, label: str) -> Path:
 
 
 def _vae_folder(name: str) -> Path:
+    return _folder_of_part("pretrained_vae_model_name_or_path", name, "a VAE", ("vae/*",))
+
+
+def controlnet_folder(name: str) -> Path:
+    """The folder with the ControlNet that `name` means, fetched if it is on the hub.
+
+    Raises:
+        ModelError: Not found, or of another layout.
+    """
+    key = "controlnet_model_name_or_path"
+    folder = _folder_of_part(key, name, "a ControlNet", (f"{PART}/*",))
+    found = net_folder(str(folder))
+    if found is None:
+        raise ModelError(
+            f"{key}: {name} has no config.json",
+            fix="name a folder in diffusers layout: config.json beside the .safetensors file",
+        )
+    return found
+
+
+def _folder_of_part(key: str, name: str, what: str, inside: tuple[str, ...]) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
         raise ModelError(
-            f"pretrained_vae_model_name_or_path: {path.name} is a file",
-            fix="name a folder in diffusers layout, or a VAE of the hub as owner/name",
+            f"{key}: {path.name} is a file",
+            fix=f"name a folder in diffusers layout, or {what} of the hub as owner/name",
         )
     if _looks_like_path(name):
-        raise ModelError(f"pretrained_vae_model_name_or_path: {name} does not exist")
+        raise ModelError(f"{key}: {name} does not exist")
     from huggingface_hub import snapshot_download
 
-    return Path(
-        _ask_hub(
-            name,
-            None,
-            lambda: snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "vae/*"]),
-        )
-    )
+    patterns = ["*.json", "*.safetensors", *inside]
+    return Path(_ask_hub(name, None, lambda: snapshot_download(name, allow_patterns=patterns)))
 
 
 def fetch(

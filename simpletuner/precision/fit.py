@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,13 @@ class EachNth:
         return checkpoint(block, *inputs, use_reentrant=False)
 
 
-def fit(denoiser: nn.Module, settings: PrecisionSettings) -> None:
-    """Apply the memory settings to a denoiser whose adapters are attached."""
+def fit(modules: Iterable[nn.Module], settings: PrecisionSettings) -> None:
+    """Apply the memory settings to all that a step calls, adapters attached."""
     if not settings.gradient_checkpointing:
         return
     interval = settings.gradient_checkpointing_interval or 1
-    if interval == 1:
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    else:
-        denoiser.enable_gradient_checkpointing(EachNth(interval))  # type: ignore[operator]
+    for module in modules:
+        if interval == 1:
+            module.enable_gradient_checkpointing()  # type: ignore[operator]
+        else:
+            module.enable_gradient_checkpointing(EachNth(interval))  # type: ignore[operator]

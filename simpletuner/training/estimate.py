@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simpletuner.adapters.method import attach
+from simpletuner.adapters.start import STARTS
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Batch, Geometry, ParamGroup, Place, Sample
 from simpletuner.diffusion.objective import objective_of
+from simpletuner.models.control import PICTURE
 from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.precision.dtypes import run_dtype
@@ -164,27 +166,30 @@ def estimate(config: Config, family: Family, sources: Sequence[DataSource]) -> E
     denoiser = family.blueprint(held)
     weights = sum(p.numel() for p in denoiser.parameters())
     name = config.precision.base_model_precision
-    whole = config.adapter.model_type == "full"
+    whole = config.adapter.trains == "full"
     base = held_bytes(denoiser, name)
     # where adapters start costs nothing, and needs weights
     chosen = config.adapter.model_copy(update={"lora_init_type": "default", "init_lora": None})
     trainable = attach(denoiser, family, chosen)
-    Module.to(denoiser, _META, dtype)
-    fit(denoiser, config.precision)
+    for module in trainable.modules:
+        Module.to(module, _META, dtype)
+    fit(trainable.modules, config.precision)
     trained = [(n, p.numel()) for n, p in trainable.parameters().items()]
     count = sum(numel for _, numel in trained)
-    started = 1 + (config.adapter.lora_init_type in ("pissa", "olora"))
+    started = 1 + (config.adapter.lora_init_type in STARTS)
+    nets = [module for module in trainable.modules if module is not denoiser]
+    net = sum(t.numel() for each in nets for t in (*each.parameters(), *each.buffers()))
     wide = held.itemsize if whole else 4
     width, height = _largest(sources)
     batch = config.schedule.train_batch_size
     activations = _activations(config, family, trainable, dtype, width, height)
-    if whole and held != dtype:
-        activations += weights * dtype.itemsize  # autocast keeps a copy of each weight it casts
+    if dtype != torch.float32:  # autocast keeps a copy of each weight it casts
+        activations += (weights * (whole and held != dtype) + net) * dtype.itemsize
     return Estimate(
         weights=weights,
         trained=count,
         base=base,
-        adapters=0 if whole else count * wide * started,
+        adapters=0 if whole else net * 4 or count * wide * started,
         gradients=count * wide,
         optimizer=_remembered(config, trainable, held if whole else torch.float32),
         average=count * 4 if config.adapter.use_ema else 0,
@@ -200,7 +205,7 @@ def estimate(config: Config, family: Family, sources: Sequence[DataSource]) -> E
 def _held_dtype(config: Config) -> torch.dtype:
     from simpletuner.precision.dtypes import base_dtype
 
-    trains = config.adapter.model_type == "full"
+    trains = config.adapter.trains == "full"
     if trains and not OPTIMIZERS[config.optimizer.optimizer].fact("bf16_weights", False):
         return torch.float32
     return base_dtype(config.precision)
@@ -221,7 +226,8 @@ def _activations(
     height: int,
 ) -> int:
     """Bytes that one micro-batch of a step holds at most, gradients of weights aside."""
-    batch = example_batch(family, config.schedule.train_batch_size, width, height)
+    count, controlled = config.schedule.train_batch_size, config.adapter.controlnet
+    batch = example_batch(family, count, width, height, controlled=controlled)
     batch = batch.to(Place(_META, dtype))
     objective = objective_of(family.prediction_type, family.scheduler_config, config.diffusion)
 
@@ -242,7 +248,9 @@ def peak_of(step: Callable[[], Tensor]) -> int:
         return live.peak
 
 
-def example_batch(family: Family, count: int, width: int, height: int) -> Batch:
+def example_batch(
+    family: Family, count: int, width: int, height: int, *, controlled: bool = False
+) -> Batch:
     """A batch of zeros in the shapes that the caches of `family` give, on ``meta``."""
     geometry = Geometry((width, height), (width, height), (0, 0, width, height))
     samples = tuple(Sample(f"{n:032x}", "set", f"{n}", "", geometry) for n in range(count))
@@ -257,6 +265,10 @@ def example_batch(family: Family, count: int, width: int, height: int) -> Batch:
         }
         told = family.drawn(samples, 0, Seeds(0))
         controls = {name: value.to(_META) for name, value in told.items()}
+        if controlled and family.control is not None:
+            pixels = family.control.picture == "pixels"
+            seen = torch.zeros(count, 3, height, width) if pixels else latents
+            controls[PICTURE] = seen
     return Batch(latents, embeds, samples, controls=controls)
 
 

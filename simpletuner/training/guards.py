@@ -22,10 +22,12 @@ _STEPS = 3
 class LearningGuard:
     """After the first steps every trainable tensor has had a gradient and has moved.
 
-    LoRA's A gets its first gradient in the second step, for B starts at zero; three steps show it.
-    A step whose loss is 0 has nothing to teach and does not count: one of regularisation pictures
-    while the adapters are as new, or of pictures that are masked out wholly. Where the learning
-    rates so far are below the last digit of a tensor's numbers, it need not have moved.
+    LoRA's A gets its first gradient in the second step, for B starts at zero; what stands before
+    two layers of zeros in a ControlNet gets it in the third. A step whose loss is 0 has nothing to
+    teach and does not count: one of regularisation pictures while the adapters are as new, or of
+    pictures that are masked out wholly. Where what the steps so far can have moved is below the
+    last digit of a tensor's numbers, it need not have moved: a step moves by about
+    ``rate · g / (g + eps)``, and behind layers that have just left zero g is far below eps.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -33,8 +35,8 @@ class LearningGuard:
         parameters = weights.trainable.parameters()
         self._start = {name: _some_of(p).clone() for name, p in parameters.items()}
         self._touched: dict[str, Tensor] = {}
+        self._reach: dict[str, Tensor] = {}
         self._steps = 0
-        self._rates = 0.0
 
     def watch(self, loss: Tensor) -> None:
         """Look at the gradients of the step just done; judges after the third, then lets go.
@@ -47,12 +49,16 @@ class LearningGuard:
         """
         if self._steps >= _STEPS or not bool(loss):
             return
+        groups = self._weights.optimizer.param_groups
+        rate = max(group["lr"] * group.get("d", 1.0) for group in groups)  # d is Prodigy's own rate
+        eps = max(each if isinstance(each := g.get("eps"), float) else 1e-8 for g in groups)
         for name, gradient in gradients(self._weights):
             if gradient is not None:
-                seen = gradient.detach().abs().amax() > 0
-                self._touched[name] = seen | self._touched.get(name, torch.zeros_like(seen))
+                largest = gradient.detach().abs().amax().float()
+                self._touched[name] = (largest > 0) | self._touched.get(name, largest > 0)
+                moved = rate * largest / (largest + eps)
+                self._reach[name] = moved + self._reach.get(name, torch.zeros_like(moved))
         self._steps += 1
-        self._rates += max(group["lr"] for group in self._weights.optimizer.param_groups)
         if self._steps == _STEPS:
             self._judge()
             self._start.clear()
@@ -60,8 +66,8 @@ class LearningGuard:
     def _judge(self) -> None:
         parameters = self._weights.trainable.parameters()
         cold = [n for n in parameters if n not in self._touched or not bool(self._touched[n])]
-        still = [name for name, parameter in parameters.items() if self._stands(name, parameter)]
-        dead = sorted(set(cold) | set(still))
+        warm = [name for name in parameters if name not in cold]
+        dead = sorted(cold + [name for name in warm if self._stands(name, parameters[name])])
         if dead:
             why = "got no gradient" if cold else "did not move"
             raise TrainingError(
@@ -75,7 +81,7 @@ class LearningGuard:
         if not torch.equal(_some_of(parameter), start):
             return False
         digit = torch.finfo(start.dtype).eps * float(start.abs().max())
-        return self._rates > digit
+        return float(self._reach[name]) > 2 * digit
 
 
 def _some_of(parameter: Tensor) -> Tensor:

@@ -134,7 +134,9 @@ def _preset_identity(adapter: AdapterSettings) -> dict[str, Any]:
 
 
 def _adapter_identity(adapter: AdapterSettings) -> dict[str, Any]:
-    if adapter.model_type == "full":
+    if adapter.trains == "controlnet":
+        return {"controlnet": True}
+    if adapter.trains == "full":
         return {}
     if adapter.lora_type == "lycoris":
         return {"lycoris_config": json.dumps(adapter.lycoris_config, sort_keys=True)}
@@ -153,7 +155,7 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
     Settings without an effect beside the others are left out.
     """
     precision = config.precision
-    of_lora = (config.adapter.model_type, config.adapter.lora_type) == ("lora", "standard")
+    of_lora = (config.adapter.trains, config.adapter.lora_type) == ("lora", "standard")
     found: dict[str, Any] = {
         **_optimizer_settings(config.optimizer, total_steps),
         **({"lora_dropout": config.adapter.lora_dropout} if of_lora else {}),

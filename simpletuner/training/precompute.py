@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from simpletuner.cache.caches import Caches
+from simpletuner.cache.controls import ControlCache, encoded_beside
 from simpletuner.cache.latents import LatentCache, open_stores
 from simpletuner.cache.masks import MaskCache
 from simpletuner.cache.store import TensorStore
@@ -104,7 +105,8 @@ def open_caches(
     kept = {name: opened(entry) for name, entry in entries.items()}
     own = {dataset: kept[entry.id] for dataset, entry in datasets.captions.items()}
     text = TextCaches(kept[datasets.text_embeds.id], own)
-    stores = open_stores(sources, rank=place.rank, bus=bus)
+    pictures = [*sources, *encoded_beside(family, sources)]
+    stores = open_stores(pictures, rank=place.rank, bus=bus)
     return text, LatentCache(family, stores, settings, vae_place(settings, place), seeds)
 
 
@@ -131,7 +133,8 @@ def precompute(
         sources = [_with_whole_pairs(source, bus) for source in sources]
         captions = {source.id: source.all_captions() for source in sources}
         text.prepare(captions, prompts.captions(), bus)
-        sound = latents.prepare(sources, bus)
+        sound = latents.prepare(sources, bus, encoded_beside(family, sources))
         if all(new is old for old, new in zip(sources, sound, strict=True)):
-            return Caches(sound, latents, text, seeds, MaskCache(latents.stores))
+            controls = ControlCache(latents, sound, family)
+            return Caches(sound, latents, text, seeds, MaskCache(latents.stores), controls)
         sources = sound  # without what is undecodable, others may be drawn, or cut to other sizes

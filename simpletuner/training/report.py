@@ -52,7 +52,7 @@ class Report:
         triggers = sorted({word for each in words for word in each})
         facts = {
             "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": f"{self._family.architecture}/{adapter.model_type}",
+            "modelspec.architecture": f"{self._family.architecture}/{adapter.trains}",
             "modelspec.implementation": "diffusers",
             "modelspec.prediction_type": self._family.prediction_type,
             "base_model": self._family.checkpoint.label,
@@ -169,7 +169,7 @@ class Report:
     @property
     def _whole(self) -> bool:
         """The result holds all of the denoiser, a fused LoRA too."""
-        return self._config.adapter.model_type == "full"
+        return self._config.adapter.trains == "full"
 
     def _write_facts(self) -> None:
         with self._folder.writing(self._folder.run.name):

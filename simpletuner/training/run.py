@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from simpletuner.adapters import controlnet
 from simpletuner.adapters.ema import Ema
 from simpletuner.adapters.method import attach
 from simpletuner.adapters.preset import with_preset
@@ -102,7 +103,7 @@ def _planned(
 
 def _held_in(config: Config) -> torch.dtype:
     """The denoiser's own dtype: where it trains itself, fp32 but for optimizers made for bf16."""
-    trains = config.adapter.model_type == "full"
+    trains = config.adapter.trains == "full"
     if trains and not OPTIMIZERS[config.optimizer.optimizer].fact("bf16_weights", False):
         return torch.float32
     return base_dtype(config.precision)
@@ -122,6 +123,7 @@ def _train(
     planned = _planned(config, found[:drawn], seeds, place)  # refused before anything is encoded
     bus.notice("\n".join(DataReport.of(found, planned[0]).lines()))
     family = open_family(config.model, digests=root / "digests.json")
+    controlnet.check(family, config.adapter)
     prompts = Prompts.of(config.validation)
     quantiser = Quantiser(config.precision)
     caches = precompute(
@@ -136,7 +138,7 @@ def _train(
     denoiser = family.open_denoiser(Place(place.device, _held_in(config)), shrink)
     seeds.reseed_torch("adapter")
     trainable = attach(denoiser, family, config.adapter)
-    fit(denoiser, config.precision)
+    fit(trainable.modules, config.precision)
     optimizer = build_optimizer(config.optimizer, trainable.groups(), seeds)
     weights = Weights(trainable, optimizer, Ema.of(trainable.parameters(), config.adapter))
     # 5. where the run stands

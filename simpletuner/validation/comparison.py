@@ -17,7 +17,7 @@ class Row:
     """One prompt and its pictures, one a column; None leaves a place empty."""
 
     prompt: str
-    pictures: tuple[Image.Image | None, ...]
+    pictures: Sequence[Image.Image | None]
 
 
 def comparison_sheet(columns: Sequence[str], rows: Sequence[Row]) -> Image.Image:

@@ -20,11 +20,13 @@ class Prompt:
 
     Args:
         reference: A picture of what it should look like, shown beside it at the end.
+        control: What a ControlNet sees; without it, one of the training data's.
     """
 
     name: str
     text: str
     reference: Path | None = None
+    control: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,11 @@ def _check_names(entries: list[Prompt]) -> None:
 def read_library(path: Path) -> list[Prompt]:
     """The prompts of a library: ``{"name": "text"}`` or ``{"name": {"prompt": "text"}}``.
 
-    An object may name a picture beside the library as its `reference`.
+    An object may name pictures beside the library as its `reference` and its `control`.
 
     Raises:
-        ConfigError: Not there, not JSON, an entry without a text, or a reference that is no
-            picture; names it.
+        ConfigError: Not there, not JSON, an entry without a text, or a reference or control that is
+            no picture; names it.
     """
     try:
         library: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -101,17 +103,23 @@ def _prompt(path: Path, name: str, entry: object) -> Prompt:
     text = facts.get("prompt") or facts.get("caption")
     if not isinstance(text, str):
         raise ConfigError(f'user_prompt_library: {path}: {name!r} needs a text or {{"prompt": …}}')
-    if facts.get("reference") is None:
-        return Prompt(name, text)
+    pictures = {key: _picture(path, name, key, facts.get(key)) for key in ("reference", "control")}
+    return Prompt(name, text, **pictures)
+
+
+def _picture(path: Path, name: str, key: str, given: object) -> Path | None:
+    """The picture of an entry under `key`, opened once to see that it is whole."""
+    if given is None:
+        return None
     from PIL import Image  # late: most libraries name no picture
 
-    reference = path.parent / str(facts["reference"])
+    picture = path.parent / str(given)
     try:
-        with Image.open(reference) as image:
+        with Image.open(picture) as image:
             image.load()  # verify() takes a JPEG that breaks off
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(
-            f"user_prompt_library: {path}: the reference of {name!r} cannot be shown: {error}",
-            fix="name a picture by its path from the library's folder, or remove reference",
+            f"user_prompt_library: {path}: the {key} of {name!r} cannot be shown: {error}",
+            fix=f"name a picture by its path from the library's folder, or remove {key}",
         ) from error
-    return Prompt(name, text, reference)
+    return picture

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import ImageOps
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
+    from simpletuner.adapters.method import Trainable
     from simpletuner.core.types import Embeds, Place
     from simpletuner.models.family import Family
 
@@ -49,15 +51,25 @@ class Sampler:
             "vae_dtype": str(self._pipe.vae.dtype).removeprefix("torch."),
         }
 
-    def picture(self, shot: Shot, embeds: Embeds, negative: Embeds) -> Image:
+    def picture(
+        self, shot: Shot, embeds: Embeds, negative: Embeds, control: Image | None = None
+    ) -> Image:
         """Render one picture.
 
         The noise is drawn on the CPU from the shot's seed, as the stock pipeline does with such a
         generator.
+
+        Args:
+            control: What a ControlNet sees; cut to the middle if it has another shape.
         """
         arguments = self._family.sampler_arguments(
             self._move(embeds), self._move(negative), shot.width, shot.height
         )
+        if control is not None:
+            assert self._family.control is not None, "a net was opened for this family"
+            size = (shot.width, shot.height)
+            arguments[self._family.control.argument] = ImageOps.fit(control, size)
+            torch.manual_seed(shot.seed)  # which a pipeline encodes the control picture by
         with torch.no_grad(), self._autocast():
             output = self._pipe(
                 **arguments,
@@ -89,11 +101,11 @@ class Sampler:
 
 @contextmanager
 def open_sampler(
-    family: Family, denoiser: nn.Module, open_vae: Callable[[], nn.Module], place: Place
+    family: Family, trainable: Trainable, open_vae: Callable[[], nn.Module], place: Place
 ) -> Iterator[Sampler]:
     """A Sampler with the VAE loaded; frees it afterwards."""
     vae = open_vae()
-    pipe = family.open_sampler(denoiser, vae)
+    pipe = trainable.open_sampler(family, vae)
     pipe.set_progress_bar_config(disable=True)
     try:
         yield Sampler(pipe, family, place)

@@ -23,8 +23,8 @@ class ValidationSettings(Section):
 
     user_prompt_library: Path | None = setting(None, path=True)
     """A JSON file with more prompts, each under a name for its pictures: {"name": "prompt"}, or
-    {"name": {"prompt": …, "reference": …}} with a picture to compare with, its path relative to
-    the file."""
+    {"name": {"prompt": …, "reference": …, "control": …}} with a picture to compare with, or one for
+    a ControlNet; paths are relative to the file."""
 
     validation_negative_prompt: str = setting("blurry, cropped, ugly")
     """What validation pictures shall not show."""

@@ -102,7 +102,10 @@ class Validator:
         """A digest of what a round shows: the saved weights of its step, and every picture."""
         manifest = self.folder.checkpoint(step) / "manifest.json"
         weights = manifest.read_bytes() if manifest.is_file() else b""
-        shots = [(prompt.name, prompt.text, number, shot) for prompt, number, shot in wanted]
+        shots = [
+            (prompt.name, prompt.text, prompt.control and prompt.control.name, number, shot)
+            for prompt, number, shot in wanted
+        ]
         told = repr((step, self.prompts.negative, shots)).encode()
         return blake2b(weights + told, digest_size=16).hexdigest()
 
@@ -113,9 +116,7 @@ class Validator:
         trainable = self.weights.trainable
         with (
             self.weights.at("eval"),
-            open_sampler(
-                self.family, trainable.denoiser, self.caches.open_vae, self.place
-            ) as sampler,
+            open_sampler(self.family, trainable, self.caches.open_vae, self.place) as sampler,
         ):
             for step in steps:
                 with trainable.disabled() if step is None else nullcontext():
@@ -157,8 +158,9 @@ class Validator:
     ) -> None:
         """Write one picture and its recipe; `step` None is the untouched base model."""
         prompt, _, shot = wanted
+        texts = ([prompt.text], [self.prompts.negative])
         image = sampler.picture(
-            shot, self.caches.embeds([prompt.text]), self.caches.embeds([self.prompts.negative])
+            shot, *(self.caches.embeds(text) for text in texts), self._control(prompt)
         )
         path = self._path(wanted, step)
         write_through(path, lambda temporary: image.save(temporary, format="PNG"))
@@ -166,20 +168,32 @@ class Validator:
         recipe = self._recipe(sampler, step, prompt, shot) | {_ROUND: asked}
         write_json(path.with_suffix(".json"), recipe)
 
+    def _control(self, prompt: Prompt) -> Image.Image | None:
+        """What a ControlNet sees: what the prompt names, or the first that it was trained with."""
+        if self.caches.controls.first is None:
+            return None
+        if prompt.control is None:
+            return self.caches.controls.first.picture(0)
+        with Image.open(prompt.control) as image:
+            return image.convert("RGB")
+
     def _compare(self, base: Sequence[Path], made: Sequence[Path], step: int, asked: str) -> Path:
         """Write ``before_after.png``: the first picture of each prompt, and its reference."""
         each = len(base) // len(self.prompts.entries)
-        columns = ["base", f"after {step} steps"]
-        if any(prompt.reference for prompt in self.prompts.entries):
-            columns.append("reference")
-        rows = []
-        for prompt, before, after in zip(
-            self.prompts.entries, base[::each], made[::each], strict=True
-        ):
-            shown = (before, after, prompt.reference)[: len(columns)]
-            pictures = tuple(None if path is None else Image.open(path) for path in shown)
-            rows.append(Row(prompt.text, pictures))
-        sheet = comparison_sheet(columns, rows)
+        prompts = self.prompts.entries
+        before, after = ([Image.open(path) for path in paths[::each]] for paths in (base, made))
+        columns: dict[str, list[Image.Image | None]] = {
+            "base": [*before],
+            f"after {step} steps": [*after],
+            "control": [self._control(prompt) for prompt in prompts],
+            "reference": [p.reference and Image.open(p.reference) for p in prompts],
+        }
+        shown = {name: column for name, column in columns.items() if any(column)}
+        rows = [
+            Row(prompt.text, pictures)
+            for prompt, *pictures in zip(prompts, *shown.values(), strict=True)
+        ]
+        sheet = comparison_sheet(list(shown), rows)
         note = PngInfo()
         note.add_text(_ROUND, asked)
         write_through(
@@ -206,8 +220,18 @@ class Validator:
             "scheduler": sampler.scheduler,
             **self.family.checkpoint.facts,
             **sampler.facts,
+            **self._control_told(prompt),
             "weights": self._weights_file(step),
             "step": step,
+        }
+
+    def _control_told(self, prompt: Prompt) -> dict[str, str]:
+        """Where what the ControlNet saw is found again; no paths of this machine."""
+        first = self.caches.controls.first
+        if first is None:
+            return {}
+        return {
+            "control": prompt.control.name if prompt.control else f"{first.id}: {first.path(0)}"
         }
 
     def _weights_file(self, step: int | None) -> str | None:

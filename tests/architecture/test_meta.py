@@ -20,13 +20,14 @@ from simpletuner.adapters.weights import Weights
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Batch, Geometry, Place, PlannedBatch, Sample
 from simpletuner.diffusion.settings import DiffusionSettings
+from simpletuner.models.families import FAMILIES
 from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
 from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.optim.settings import OptimizerSettings
 from simpletuner.training.stepper import Stepper
-from tests.unit.training.builds import SHAPES
+from tests.unit.training.builds import SHAPES, control_pictures
 
 SIZE = (64, 64)
 
@@ -90,17 +91,28 @@ def test_an_optimizer_step_touches_no_cpu_tensor_and_waits_for_nothing(
 LOKR = {"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1.0, "factor": 4}
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"model_type": "full"},
+    "lokr": {"lora_type": "lycoris", "lycoris_config": LOKR},
+    "controlnet": {"model_type": "full", "controlnet": True},
+}
+
+
 @pytest.mark.parametrize(
-    "adapter",
-    [{}, {"model_type": "full"}, {"lora_type": "lycoris", "lycoris_config": LOKR}],
-    ids=["lora", "full", "lokr"],
+    ("family", "method"),
+    [
+        (family, method)
+        for family in ("flux", "sd1x", "sd3", "sdxl")
+        for method in METHODS
+        if method != "controlnet" or FAMILIES[family].fact("control")
+    ],
 )
-@pytest.mark.parametrize("family", ["flux", "sd1x", "sd3", "sdxl"])
 def test_every_method_in_every_family_with_an_average_waits_for_nothing(
-    family: str, adapter: dict[str, Any], request: pytest.FixtureRequest
+    family: str, method: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(f"tiny_{family}")
-    settings = {**adapter, "use_ema": True, "ema_device": "accelerator"}
+    settings = {**METHODS[method], "use_ema": True, "ema_device": "accelerator"}
     stepper = stepper_on_meta(family, folder, "adamw_bf16", {}, **settings)
 
     outcome = stepper.step(0, [micro_batch(family, first=0), micro_batch(family, first=2)])
@@ -169,4 +181,5 @@ def micro_batch(
         text: torch.ones(2, *shape, dtype=torch.bool if text.endswith("_mask") else None)
         for text, shape in shapes.items()
     }
-    return planned, Batch(latents, embeds, samples, mask)
+    controls = control_pictures(name, range(2), *SIZE)
+    return planned, Batch(latents, embeds, samples, mask, controls=controls)

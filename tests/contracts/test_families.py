@@ -7,23 +7,28 @@ Letters: B batch, C channels, H W latent cells.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from simpletuner.adapters import controlnet
+from simpletuner.adapters.controlnet import Controlled
 from simpletuner.adapters.export import LORA_FILE
 from simpletuner.adapters.formats import FORMATS, read_changes, write_changes
 from simpletuner.adapters.lora import LoRA, attach
 from simpletuner.adapters.settings import AdapterSettings
 from simpletuner.core.types import Batch, Draw, Geometry, Place, Sample
 from simpletuner.diffusion.objective import objective_of
+from simpletuner.models.control import PICTURE
 from simpletuner.models.families import FAMILIES
 from simpletuner.models.family import Family
 from simpletuner.models.loading import open_family
@@ -64,8 +69,12 @@ class Tiny:
         vae = self.family.open_vae(CPU.device, torch.float32)
         return int(vae.config.latent_channels)
 
-    def stock(self) -> Any:
-        pipe = getattr(diffusers, self.family.pipeline).from_pretrained(self.folder)
+    def stock(self, net: nn.Module | None = None) -> Any:
+        """The stock pipeline; with a net the one that takes it."""
+        name, more = self.family.pipeline, {}
+        if net is not None and self.family.control is not None:
+            name, more = self.family.control.pipeline, {"controlnet": net}
+        pipe = getattr(diffusers, name).from_pretrained(self.folder, **more)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -111,6 +120,13 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Tiny(name, BUILDERS[name](tmp_path_factory.mktemp("contract") / name))
 
 
+@pytest.fixture(scope="module", params=[n for n in BUILT if FAMILIES[n].fact("control")])
+def controllable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The same of a family with a ControlNet."""
+    name = request.param
+    return Tiny(name, BUILDERS[name](tmp_path_factory.mktemp("controllable") / name))
+
+
 def loss_of(tiny: Tiny, denoiser: nn.Module, batch: Batch) -> Tensor:
     draw = tiny.draw(batch)
     return (tiny.family.predict(denoiser, draw, batch) - draw.target).square().mean()
@@ -147,9 +163,11 @@ def ddim(scheduler: Any, kind: str) -> Iterator[tuple[Tensor, Tensor, Any]]:
         yield t, (1 - now).sqrt(), partial(down, now=now, after=after)
 
 
-def sampled(tiny: Tiny, steps: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+def sampled(
+    tiny: Tiny, steps: int = 8, controlled: Controlled | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Latents by a plain loop over `predict`, by the stock pipeline, and its picture, [1, …]."""
-    family, pipe = tiny.family, tiny.stock()
+    family, pipe = tiny.family, tiny.stock(controlled and controlled.net)
     kind = family.prediction_type
     if kind != "flow_matching":
         plain = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}
@@ -164,20 +182,32 @@ def sampled(tiny: Tiny, steps: int = 8) -> tuple[Tensor, Tensor, Tensor]:
         num_inference_steps=steps,
         **told,
     )
+    batch = tiny.batch([0])
+    if controlled is not None and family.control is not None:
+        noise = np.random.default_rng(4).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+        image = Image.fromarray(noise)
+        seen = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        if family.control.picture == "latents":
+            vae, drawn = family.open_vae(CPU.device, CPU.dtype), torch.Generator().manual_seed(5)
+            seen = family.encode_pixels(vae, seen * 2 - 1, [drawn])
+        batch = replace(batch, controls={PICTURE: seen})
+        paint = partial(paint, **{family.control.argument: image})
+        torch.manual_seed(5)  # which the stock pipeline encodes the control picture by
     output = paint(output_type="latent", generator=torch.Generator().manual_seed(3)).images
     stock = family.sampled_latents(output, WIDTH, HEIGHT)
     picture = paint(output_type="pt", generator=torch.Generator().manual_seed(3)).images
 
-    denoiser, batch, latents = (
-        family.open_denoiser(CPU).eval(),
-        tiny.batch([0]),
-        tiny.noise(3)[None],
-    )
+    denoiser, latents = family.open_denoiser(CPU).eval(), tiny.noise(3)[None]
     walk = euler(pipe.scheduler) if kind == "flow_matching" else ddim(pipe.scheduler, kind)
     for t, sigma, down in walk:
         draw = Draw(latents, latents, latents, sigma.view(1), t.float().view(1), torch.ones(1))
         with torch.no_grad():
-            latents = down(latents, family.predict(denoiser, draw, batch))
+            answer = (
+                controlled.predict(family, draw, batch)
+                if controlled
+                else family.predict(denoiser, draw, batch)
+            )
+        latents = down(latents, answer)
     return latents, stock, picture
 
 
@@ -200,6 +230,23 @@ def test_the_shapes_that_are_told_are_those_that_are_cached(tiny: Tiny) -> None:
     latents = tiny.family.encode_pixels(vae, pixels, [torch.Generator()])
     channels, factor = tiny.family.latent_shape
     assert tuple(latents.shape[1:]) == (channels, HEIGHT // factor, WIDTH // factor)
+
+
+def test_predict_with_a_net_in_a_sampler_loop_gives_the_latents_of_the_stock_pipeline(
+    controllable: Tiny,
+) -> None:
+    tiny = controllable
+    torch.manual_seed(1)
+    settings = AdapterSettings(model_type="full", controlnet=True)
+    controlled = controlnet.attach(tiny.family.open_denoiser(CPU), tiny.family, settings)
+    with torch.no_grad():
+        for weight in controlled.parameters().values():
+            if not weight.any():  # a new net adds nothing
+                weight.normal_(std=0.1)
+    controlled.net.eval()
+    ours, stock, _ = sampled(tiny, controlled=controlled)
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
+    assert (stock - sampled(tiny)[1]).abs().max() > 0.1
 
 
 def test_a_picture_is_encoded_and_decoded_as_its_vae_does(tiny: Tiny) -> None:
@@ -270,7 +317,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less_the_smaller_i
         lora, batch = tiny.adapted(tiny.family.open_denoiser(CPU)), tiny.batch([0, 3])
         settings = {} if interval is None else {"gradient_checkpointing_interval": interval}
         fit(
-            lora.denoiser,
+            lora.modules,
             PrecisionSettings(gradient_checkpointing=interval is not None, **settings),
         )
         held: dict[int, int] = {}

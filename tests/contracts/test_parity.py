@@ -6,13 +6,21 @@ schedulers' mixing and targets, the models' calls, torch's AdamW and gradient cl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDPMScheduler,
+    SD3ControlNetModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -28,37 +36,68 @@ RANK, ALPHA = 4, 6
 
 def batches(family: str) -> Iterator[Batch]:
     for step in range(STEPS):
-        yield make_batch(3 * step, 3 * step + 1, 3 * step + 2, family_name=family)
+        numbers = (3 * step, 3 * step + 1, 3 * step + 2)
+        yield make_batch(*numbers, family_name=family, controlled=True)
 
 
-def sdxl_loss(unet: nn.Module, folder: Path, batch: Batch, drawn: Any) -> Tensor:
-    """Epsilon, as in diffusers' train_text_to_image_sdxl.py."""
+def sdxl_loss(
+    unet: nn.Module, net: nn.Module | None, folder: Path, batch: Batch, drawn: Any
+) -> Tensor:
+    """Epsilon, as in diffusers' train_text_to_image_sdxl.py and train_controlnet_sdxl.py."""
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     noise = noise_for(batch.samples, 0, tuple(batch.latents.shape[1:]), SEEDS)
     timesteps = drawn.timestep.long()
     sizes = torch.tensor([[96.0, 64.0, 0.0, 0.0, 96.0, 64.0]] * len(batch.samples))
-    answer = unet(
+    inputs = (
         scheduler.add_noise(batch.latents, noise, timesteps),
         timesteps,
         batch.embeds["prompt_embeds"],
-        added_cond_kwargs={
-            "time_ids": sizes,
-            "text_embeds": batch.embeds["pooled_prompt_embeds"],
-        },
-    ).sample
+    )
+    added = {"time_ids": sizes, "text_embeds": batch.embeds["pooled_prompt_embeds"]}
+    more = {}
+    if net is not None:
+        pixels = batch.controls["controlnet_cond"]
+        down, middle = net(
+            *inputs, controlnet_cond=pixels, added_cond_kwargs=added, return_dict=False
+        )
+        more = {
+            "down_block_additional_residuals": [sample.float() for sample in down],
+            "mid_block_additional_residual": middle,
+        }
+    answer = unet(*inputs, added_cond_kwargs=added, **more).sample
     return nn.functional.mse_loss(answer.float(), noise.float(), reduction="mean")
 
 
-def sd3_loss(transformer: nn.Module, folder: Path, batch: Batch, drawn: Any) -> Tensor:
-    """Flow matching towards noise minus latents, as in diffusers' train_dreambooth_sd3.py."""
+def sd3_loss(
+    transformer: nn.Module, net: nn.Module | None, folder: Path, batch: Batch, drawn: Any
+) -> Tensor:
+    """Flow matching towards noise minus latents, as in diffusers' train_dreambooth_sd3.py.
+
+    With a net as StableDiffusion3ControlNetPipeline calls it: no pooled text, latents not shifted.
+    """
     noise = noise_for(batch.samples, 0, tuple(batch.latents.shape[1:]), SEEDS)
     timesteps = drawn.timestep
     sigmas = (timesteps / 1000).view(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * batch.latents + sigmas * noise
+    text, pooled = batch.embeds["prompt_embeds"], batch.embeds["pooled_prompt_embeds"]
+    blocks = None
+    if net is not None:
+        vae = AutoencoderKL.load_config(folder, subfolder="vae")
+        raw = batch.controls["controlnet_cond"] / vae["scaling_factor"] + vae["shift_factor"]
+        blocks = net(
+            hidden_states=noisy,
+            timestep=timesteps,
+            encoder_hidden_states=text,
+            pooled_projections=torch.zeros_like(pooled),
+            controlnet_cond=raw * vae["scaling_factor"],
+            return_dict=False,
+        )[0]
     answer = transformer(
-        hidden_states=(1.0 - sigmas) * batch.latents + sigmas * noise,
+        hidden_states=noisy,
         timestep=timesteps,
-        encoder_hidden_states=batch.embeds["prompt_embeds"],
-        pooled_projections=batch.embeds["pooled_prompt_embeds"],
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        block_controlnet_hidden_states=blocks,
         return_dict=False,
     )[0]
     target = noise - batch.latents
@@ -71,18 +110,33 @@ FAMILIES = {
 }
 
 
+NETS: dict[str, Callable[[Any], nn.Module]] = {
+    "sdxl": ControlNetModel.from_unet,
+    "sd3": partial(
+        SD3ControlNetModel.from_transformer, num_layers=1, num_extra_conditioning_channels=0
+    ),
+}
+
+
 def reference(
     family: str, method: str, folder: Path, start: dict[str, Tensor], stepper: Stepper
 ) -> tuple[list[float], dict[str, Tensor]]:
     """The losses of ten steps, and the trained weights by their names in `start`."""
     cls, part, loss_of = FAMILIES[family]
     model = cls.from_pretrained(folder, subfolder=part)
+    net = None
+    if method == "controlnet":
+        model.requires_grad_(False)
+        base = cls.from_pretrained(folder, subfolder=part)  # which from_transformer changes
+        net = NETS[family](base).train()
     if method == "lora":
         model.requires_grad_(False)
         targets = ["to_k", "to_q", "to_v", "to_out.0"]
         model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
     trained = {
-        name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad
+        name.replace(".default", ""): p
+        for name, p in (net or model).named_parameters()
+        if p.requires_grad
     }
     trained = {name: p for name, p in trained.items() if name in start}
     assert trained.keys() == start.keys()
@@ -98,7 +152,7 @@ def reference(
     for step, batch in enumerate(batches(family)):
         ((planned, _),) = window_of(batch)
         _, drawn = stepper.draw(step, 0, planned, batch)
-        loss = loss_of(model, folder, batch, drawn)
+        loss = loss_of(model, net, folder, batch, drawn)
         loss.backward()
         nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
         optimizer.step()
@@ -107,15 +161,17 @@ def reference(
     return losses, {name: p.detach() for name, p in trained.items()}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "controlnet"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_are_those_of_the_stock_loop(
     family: str, method: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(f"tiny_{family}")
-    adapter = {"model_type": method} | (
-        {"lora_rank": RANK, "lora_alpha": ALPHA} if method == "lora" else {}
-    )
+    adapter: dict[str, Any] = {
+        "lora": {"lora_rank": RANK, "lora_alpha": ALPHA},
+        "full": {"model_type": "full"},
+        "controlnet": {"model_type": "full", "controlnet": True},
+    }[method]
     stepper = build_stepper(
         folder, adapter=adapter, family_name=family, learning_rate=RATE, optimizer="torch-adamw"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from simpletuner.adapters.method import method_of
+from simpletuner.adapters.method import attach
 from simpletuner.adapters.settings import AdapterSettings
 from simpletuner.adapters.weights import Weights
 from simpletuner.core.seeds import Seeds
@@ -43,7 +43,7 @@ def stepper_on_cuda(
     settings = ModelSettings(model_family=name, pretrained_model_name_or_path=str(folder))
     family = open_family(settings)
     denoiser = family.open_denoiser(place)
-    trainable = method_of("lora", "standard").load()(denoiser, family, AdapterSettings())
+    trainable = attach(denoiser, family, AdapterSettings())
     optimizing = OptimizerSettings(optimizer="torch-adamw")
     return Stepper.of(
         place,

@@ -52,6 +52,11 @@ class Bench:
             del run.settings["peft_lora_target_modules"]
             del run.settings["lora_rank"]
         run.settings |= cell.settings
+        if cell.settings.get("controlnet"):
+            make_pictures(self.root / "control")  # the pictures themselves stand for edges
+            run.dataset["conditioning_data"] = "control"
+            control = {"id": "control", "conditioning_type": "controlnet"}
+            run.more = [{**control, "instance_data_dir": str(self.root / "control")}]
         return run
 
 

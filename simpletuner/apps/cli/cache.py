@@ -161,6 +161,7 @@ COMMANDS = Table(
 
 def wanted_of(runs: Sequence[Loaded], bus: Bus) -> list[Wanted]:
     """The cache folders of some settings, each once, and what they want of it."""
+    from simpletuner.cache.controls import encoded_beside
     from simpletuner.cache.masks import MaskCache
     from simpletuner.training.precompute import open_caches
 
@@ -184,7 +185,8 @@ def wanted_of(runs: Sequence[Loaded], bus: Bus) -> list[Wanted]:
             place = latents.folder(source).resolve()
             titles.setdefault(place, f"latents of {source.id}")
             wanted = keys.setdefault(place, set())
-            wanted |= latents.keys(source)
+            for pictures in (source, *encoded_beside(family, [source])):
+                wanted |= latents.keys(pictures)
             if (factor := latents.factor(source)) is not None:
                 wanted |= MaskCache(latents.stores).keys(source, factor)
     return [Wanted(titles[place], place, frozenset(keys[place])) for place in titles]

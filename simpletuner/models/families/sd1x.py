@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.models.control import PICTURE, unet_control
 from simpletuner.models.family import Family, Flavour
 from simpletuner.models.original import unet_names
 
@@ -43,6 +44,7 @@ class SD1(Family):
     layouts = MappingProxyType({"prompt_embeds": "stack"})
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     original = unet_names((False, True, True, True))
+    control = unet_control("StableDiffusionControlNetPipeline")
 
     @property
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -57,15 +59,25 @@ class SD1(Family):
         residuals: Mapping[str, Any] = MappingProxyType({}),
     ) -> Tensor:
         """One UNet call."""
-        text: Tensor = batch.embeds["prompt_embeds"]  # [B, L, D]
-        answer: Tensor = denoiser(
-            draw.noisy.to(text.dtype),
-            draw.timestep,
-            encoder_hidden_states=text,
-            return_dict=False,
-            **residuals,
-        )[0]
+        answer: Tensor = denoiser(**self._inputs(draw, batch), **residuals)[0]
         return answer.float()
+
+    def residuals(self, net: nn.Module, draw: Draw, batch: Batch) -> Mapping[str, Any]:
+        """One call of the net, told all that the UNet is told."""
+        inputs = self._inputs(draw, batch)
+        picture = batch.controls[PICTURE].to(inputs["sample"].dtype)
+        down, middle = net(**inputs, **{PICTURE: picture})
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+    def _inputs(self, draw: Draw, batch: Batch) -> dict[str, Any]:
+        """What UNet and ControlNet are both called with."""
+        text: Tensor = batch.embeds["prompt_embeds"]  # [B, L, D]
+        return {
+            "sample": draw.noisy.to(text.dtype),
+            "timestep": draw.timestep,
+            "encoder_hidden_states": text,
+            "return_dict": False,
+        }
 
 
 FAMILY = SD1

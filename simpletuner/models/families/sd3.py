@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.errors import ModelError
+from simpletuner.models.control import PICTURE, ControlNet
 from simpletuner.models.family import Family, Flavour
 from simpletuner.models.original import OriginalNames, Place, fused
 
@@ -44,6 +45,26 @@ def _original_names() -> Iterator[tuple[str, Place]]:
     yield "context_embedder", Place("context_embedder")
     yield "norm_out.linear", Place("final_layer.adaLN_modulation.1", swapped=True)
     yield "proj_out", Place("final_layer.linear")
+
+
+def _first_half(transformer: nn.Module) -> nn.Module:
+    """A net with a copy of half of the blocks, as those of the original release have it."""
+    from diffusers import SD3ControlNetModel
+
+    layers = int(transformer.config.num_layers)  # type: ignore[union-attr,arg-type]
+    net: nn.Module = SD3ControlNetModel.from_transformer(
+        transformer, num_layers=layers // 2, num_extra_conditioning_channels=0
+    )
+    return net
+
+
+def _without_pooled(module: nn.Module) -> bool:
+    """True for a ControlNet that is given zeros for the pooled text, and latents without a shift.
+
+    The denoiser's config knows no such thing.
+    """
+    config: Any = module.config
+    return bool(config.get("force_zeros_for_pooled_projection"))
 
 
 class SD3(Family):
@@ -89,6 +110,22 @@ class SD3(Family):
     layouts = MappingProxyType({"prompt_embeds": "stack", "pooled_prompt_embeds": "stack"})
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     original = OriginalNames(_original_names())
+    control = ControlNet(
+        net="SD3ControlNetModel",
+        pipeline="StableDiffusion3ControlNetPipeline",
+        argument="control_image",
+        picture="latents",
+        begin=_first_half,
+        shared=(
+            "in_channels",
+            "patch_size",
+            "num_attention_heads",
+            "attention_head_dim",
+            "joint_attention_dim",
+            "pooled_projection_dim",
+        ),
+        fixed=MappingProxyType({"extra_conditioning_channels": 0, "use_pos_embed": True}),
+    )
 
     @property
     def text_options(self) -> Mapping[str, Any]:
@@ -110,13 +147,21 @@ class SD3(Family):
         length = self.text_options["tokenizer_max_length"]
         return MappingProxyType({"prompt_2": None, "prompt_3": None, "max_sequence_length": length})
 
-    def unused(self, denoiser: nn.Module) -> frozenset[str]:
-        """The last block asks nothing on behalf of the text: what it would say goes nowhere."""
-        last = int(denoiser.config.num_layers) - 1  # type: ignore[union-attr,arg-type]
-        idle = tuple(
-            f"transformer_blocks.{last}.attn.{name}." for name in ("add_q_proj", "norm_added_q")
-        )
-        return frozenset(name for name, _ in denoiser.named_parameters() if name.startswith(idle))
+    def unused(self, module: nn.Module) -> frozenset[str]:
+        """The last block asks nothing on behalf of the text: what it would say goes nowhere.
+
+        A denoiser's has a part of it, a ControlNet's has all; and a net that is given zeros for the
+        pooled text learns nothing of that.
+        """
+        config: Any = module.config
+        idle = [
+            f"transformer_blocks.{config.num_layers - 1}.{name}."
+            for name in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
+        ]
+        if _without_pooled(module):
+            idle.append("time_text_embed.text_embedder.linear_1.weight")
+        names = [name for name, _ in module.named_parameters()]
+        return frozenset(name for name in names if name.startswith(tuple(idle)))
 
     def open_text(self, place: Place, shrink: Shrink | None = None) -> Any:
         """See Family.
@@ -180,16 +225,29 @@ class SD3(Family):
         residuals: Mapping[str, Any] = MappingProxyType({}),
     ) -> Tensor:
         """One transformer call; the timestep stays fp32 until the model embeds it."""
-        text: Tensor = batch.embeds["prompt_embeds"]  # [B, L, D]
-        answer: Tensor = denoiser(
-            draw.noisy.to(text.dtype),
-            timestep=draw.timestep,
-            encoder_hidden_states=text,
-            pooled_projections=batch.embeds["pooled_prompt_embeds"],
-            return_dict=False,
-            **residuals,
-        )[0]
+        answer: Tensor = denoiser(**self._inputs(draw, batch), **residuals)[0]
         return answer.float()
+
+    def residuals(self, net: nn.Module, draw: Draw, batch: Batch) -> Mapping[str, Any]:
+        """One call of the net, as the stock pipeline makes it."""
+        inputs, picture = self._inputs(draw, batch), batch.controls[PICTURE]  # [B, C, h, w]
+        if _without_pooled(net):
+            vae, pooled = self.checkpoint.config("vae"), inputs["pooled_projections"]
+            inputs["pooled_projections"] = pooled.new_zeros(pooled.shape)
+            picture = picture + vae["shift_factor"] * vae["scaling_factor"]
+        blocks = net(**inputs, **{PICTURE: picture.to(inputs["hidden_states"].dtype)})[0]
+        return {"block_controlnet_hidden_states": blocks}
+
+    def _inputs(self, draw: Draw, batch: Batch) -> dict[str, Any]:
+        """What transformer and ControlNet are both called with."""
+        text: Tensor = batch.embeds["prompt_embeds"]  # [B, L, D]
+        return {
+            "hidden_states": draw.noisy.to(text.dtype),
+            "timestep": draw.timestep,
+            "encoder_hidden_states": text,
+            "pooled_projections": batch.embeds["pooled_prompt_embeds"],
+            "return_dict": False,
+        }
 
 
 FAMILY = SD3

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.core.errors import ConfigError
 from simpletuner.core.types import to_device
+from simpletuner.models.control import PICTURE, unet_control
 from simpletuner.models.family import Family, Flavour
 from simpletuner.models.original import unet_names
 
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from simpletuner.core.types import Batch, Draw, Embeds
+    from simpletuner.models.control import ControlNet
 
 
 class SDXL(Family):
@@ -48,6 +52,7 @@ class SDXL(Family):
     layouts = MappingProxyType({"prompt_embeds": "stack", "pooled_prompt_embeds": "stack"})
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     original = unet_names((True, True, False))
+    control = unet_control("StableDiffusionXLControlNetPipeline")
 
     @property
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -65,17 +70,30 @@ class SDXL(Family):
         residuals: Mapping[str, Any] = MappingProxyType({}),
     ) -> Tensor:
         """One UNet call."""
+        answer: Tensor = denoiser(**self._inputs(denoiser, draw, batch), **residuals)[0]
+        return answer.float()
+
+    def residuals(self, net: nn.Module, draw: Draw, batch: Batch) -> Mapping[str, Any]:
+        """One call of the net, told all that the UNet is told."""
+        inputs = self._inputs(net, draw, batch)
+        picture = batch.controls[PICTURE].to(inputs["sample"].dtype)
+        down, middle = net(**inputs, **{PICTURE: picture})
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+    def _inputs(self, module: nn.Module, draw: Draw, batch: Batch) -> dict[str, Any]:
+        """What UNet and ControlNet are both called with."""
         text: Tensor = batch.embeds["prompt_embeds"]  # [B, L, D]
         pooled: Tensor = batch.embeds["pooled_prompt_embeds"]  # [B, D]
-        answer: Tensor = denoiser(
-            draw.noisy.to(text.dtype),
-            draw.timestep,
-            encoder_hidden_states=text,
-            added_cond_kwargs={"text_embeds": pooled, "time_ids": self._time_ids(denoiser, batch)},
-            return_dict=False,
-            **residuals,
-        )[0]
-        return answer.float()
+        return {
+            "sample": draw.noisy.to(text.dtype),
+            "timestep": draw.timestep,
+            "encoder_hidden_states": text,
+            "added_cond_kwargs": {
+                "text_embeds": pooled,
+                "time_ids": self._time_ids(module, batch),
+            },
+            "return_dict": False,
+        }
 
     def _time_ids(self, denoiser: nn.Module, batch: Batch) -> Tensor:
         """[B, 6] fp32: heights before widths; [B, 5] with the aesthetic score for a refiner."""
@@ -100,10 +118,21 @@ class SDXL(Family):
     def _refiner(self) -> bool:
         return bool(self.checkpoint.index.get("requires_aesthetics_score"))
 
-    def open_sampler(self, denoiser: nn.Module, vae: nn.Module) -> Any:
+    def check_control(self, folder: Path | None = None, label: str = "") -> ControlNet:
+        """See Family; no stock pipeline takes one beside a refiner."""
+        if self._refiner:
+            raise ConfigError(
+                f"controlnet: {self.checkpoint.label} is a refiner, which takes no ControlNet",
+                fix="train it beside the base model",
+            )
+        return super().check_control(folder, label)
+
+    def open_sampler(
+        self, denoiser: nn.Module, vae: nn.Module, net: nn.Module | None = None
+    ) -> Any:
         """The stock pipeline; the image-to-image one for a refiner, which has no other."""
         if not self._refiner:
-            return super().open_sampler(denoiser, vae)
+            return super().open_sampler(denoiser, vae, net)
         import diffusers
 
         return diffusers.StableDiffusionXLImg2ImgPipeline(

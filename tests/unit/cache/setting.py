@@ -72,8 +72,10 @@ def picture(path: Path, number: int, size: tuple[int, int] = (80, 80)) -> Path:
     return path
 
 
-def dataset(root: Path, name: str = "set", masks: str = "", **more: Any) -> DataSource:
-    """The dataset of the pictures in `root`/`name`, with the masks in `root`/`masks`."""
+def dataset(
+    root: Path, name: str = "set", masks: str = "", control: str = "", **more: Any
+) -> DataSource:
+    """The dataset of the pictures in `root`/`name`, with what goes with them in other folders."""
     settings = DatasetSettings(
         **{
             "id": name,
@@ -85,11 +87,15 @@ def dataset(root: Path, name: str = "set", masks: str = "", **more: Any) -> Data
             **more,
         }
     )
-    beside = {"id": masks, "conditioning_type": "mask", "instance_data_dir": root / masks}
+    beside = [
+        DatasetSettings(id=folder, conditioning_type=kind, instance_data_dir=root / folder)
+        for folder, kind in ((masks, "mask"), (control, "controlnet"))
+        if folder
+    ]
     return DataSource.open(
         settings,
         index_folder=root / "index",
-        paired=[DatasetSettings(**beside)] if masks else [],
+        paired=beside,
         bus=Bus(),
     )
 

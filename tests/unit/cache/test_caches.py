@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from simpletuner.cache.caches import Caches
+from simpletuner.cache.controls import ControlCache
 from simpletuner.cache.latents import LatentCache, open_stores
 from simpletuner.cache.masks import MaskCache
 from simpletuner.cache.store import TensorStore
@@ -47,7 +48,8 @@ def test_every_row_of_a_batch_is_one_pictures_latents_caption_and_sample(
     text = TextCaches(TextCache(family, TensorStore.open(tmp_path / "text"), PLACE), {})
     text.prepare({source.id: source.all_captions() for source in sources}, [], Bus())
     latents.prepare(sources, Bus())
-    caches = Caches(sources, latents, text, Seeds(3), MaskCache(latents.stores))
+    masks, controls = MaskCache(latents.stores), ControlCache(latents, sources, family)
+    caches = Caches(sources, latents, text, Seeds(3), masks, controls)
     planned = PlannedBatch(
         source=1,
         rows=(5, 0, 3, 0),
@@ -96,7 +98,10 @@ def test_latents_caption_and_mask_of_a_draw_belong_to_one_picture(
     source = dataset(tmp_path / "all", "set", "masks", **settings)
     (source,) = latents.prepare([source], Bus())
     text.prepare({source.id: source.all_captions()}, [], Bus())
-    caches = Caches((source,), latents, text, SEEDS, MaskCache(latents.stores))
+    masks = MaskCache(latents.stores)
+    caches = Caches(
+        (source,), latents, text, SEEDS, masks, ControlCache(latents, (source,), family)
+    )
     numbers = [int(Path(source.path(row)).stem) for row in range(len(source))]
     assert numbers == [i for i in range(10) if i != 4 and (mode or i != 5)]
     expected = [alone(family, tmp_path / "alone" / str(i), settings) for i in numbers]

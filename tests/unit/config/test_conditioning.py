@@ -128,30 +128,86 @@ def test_the_folder_of_the_pictures_is_not_that_of_their_masks(place: Workplace)
     assert place.messages() == []
 
 
+EDGES = {**MASKS, "id": "edges", "conditioning_type": "controlnet"}
+
+
 def test_other_conditioning_waits_and_is_not_trained_on(place: Workplace) -> None:
-    edges = {**MASKS, "id": "edges", "conditioning_type": "controlnet"}
-    place.datasets("", {**PICTURES, "conditioning_data": ["masks", "edges"]}, MASKS, edges)
+    style = {**MASKS, "id": "style", "conditioning_type": "reference_strict"}
+    place.datasets("", {**PICTURES, "conditioning_data": ["masks", "style"]}, MASKS, style)
 
     loaded = place.load()
 
     assert [(p.key, p.message) for p in loaded.pending] == [
-        ("conditioning_type", "controlnet is not built yet")
+        ("conditioning_type", "reference_strict is not built yet")
     ]
     assert [each.id for each in loaded.datasets.training] == ["pictures"]
     assert masks(place) == {"pictures": "masks"}
-    assert [each.id for each in loaded.datasets.paired["pictures"]] == ["masks", "edges"]
+    assert [each.id for each in loaded.datasets.paired["pictures"]] == ["masks", "style"]
 
 
 def test_one_set_of_control_pictures_is_enough(place: Workplace) -> None:
-    edges = {**MASKS, "id": "edges", "conditioning_type": "controlnet"}
-    depth = {**edges, "id": "depth", "instance_data_dir": "depth"}
-    place.datasets("", {**PICTURES, "conditioning_data": ["edges", "depth"]}, edges, depth)
+    place.config(controlnet=True, model_type="full")
+    depth = {**EDGES, "id": "depth", "instance_data_dir": "depth"}
+    place.datasets("", {**PICTURES, "conditioning_data": ["edges", "depth"]}, EDGES, depth)
     assert place.messages() == [
         "id: edges and depth are both control pictures of pictures; keep one"
     ]
-    loose = [{**each, "conditioning_type": "reference_loose"} for each in (edges, depth)]
+    place.config()
+    loose = [{**each, "conditioning_type": "reference_loose"} for each in (EDGES, depth)]
     place.datasets("", {**PICTURES, "conditioning_data": ["edges", "depth"]}, *loose)
     assert place.messages() == []
+
+
+def test_a_controlnet_and_control_pictures_need_each_other(place: Workplace) -> None:
+    (place.root / "edges").mkdir()
+    edges = {**EDGES, "instance_data_dir": "edges", "source_dataset_id": "pictures"}
+    place.datasets("", PICTURES, edges)
+    assert place.messages() == [
+        "conditioning_type: holds pictures for a ControlNet, and this run trains none; set"
+        " controlnet true with model_type full, or set this entry disabled: true"
+    ]
+    place.config(controlnet="true", model_type="full")
+    kept = {**PICTURES, "id": "kept", "dataset_type": "eval"}
+    place.datasets("", PICTURES, edges, kept)
+    assert place.messages() == []
+
+    place.datasets("", PICTURES, {**PICTURES, "id": "more"}, edges)
+    assert place.messages() == [
+        "id: controlnet trains on control pictures, and more has none; add an entry with the"
+        " conditioning_type controlnet and name it in the conditioning_data of this one"
+    ]
+
+
+def test_a_controlnet_is_refused_where_it_cannot_train(place: Workplace) -> None:
+    (place.root / "edges").mkdir()
+    place.datasets(
+        "", {**PICTURES, "conditioning_data": "edges"}, {**EDGES, "instance_data_dir": "edges"}
+    )
+    place.config(controlnet=True, model_type="full", model_family="flux")
+    assert place.messages() == [
+        "controlnet: cannot be trained for flux, only for sd1x and sd3 and sdxl; remove it, or set"
+        " model_family to one of these"
+    ]
+    place.config(controlnet=True)
+    assert [m for m in place.messages() if "which is not here; set model_type full" in m]
+    named = {"controlnet_model_name_or_path": "./nets/edges"}
+    place.config(controlnet=True, model_type="full", **named)
+    assert [m for m in place.messages() if "nets/edges is not a folder with a ControlNet" in m]
+    place.write("nets/edges/controlnet/config.json", "{}")
+    place.config(
+        controlnet=True,
+        model_type="full",
+        controlnet_model_name_or_path=str(place.root / "nets/edges"),
+        base_model_precision="int8-quanto",
+        mixed_precision="no",
+    )
+    assert place.messages() == []
+    place.datasets("", PICTURES)
+    place.config(**named)
+    assert place.messages() == [
+        "controlnet_model_name_or_path: changes nothing without controlnet; set that, or remove"
+        " this"
+    ]
 
 
 def test_an_eval_set_is_never_trained_on(place: Workplace) -> None:

@@ -71,6 +71,7 @@ def make_batch(
     height: int = 96,
     family_name: str = "sdxl",
     regularises: bool = False,
+    controlled: bool = False,
 ) -> Batch:
     """One sample per number; everything about it follows from the number."""
     shapes = dict(SHAPES[family_name])
@@ -90,7 +91,18 @@ def make_batch(
         for n in numbers
     )
     embeds = {name: torch.stack(values) for name, values in texts.items()}
-    return Batch(torch.stack(latents), embeds, samples)
+    controls = control_pictures(family_name, numbers, width, height) if controlled else {}
+    return Batch(torch.stack(latents), embeds, samples, controls=controls)
+
+
+def control_pictures(
+    family: str, numbers: Sequence[int], width: int, height: int
+) -> dict[str, torch.Tensor]:
+    """[B, 3, H, W] in [0, 1], or latents [B, C, h, w] for SD3; each follows from its number."""
+    size = (16, height // 8, width // 8) if family == "sd3" else (3, height, width)
+    draw = torch.randn if family == "sd3" else torch.rand
+    found = [draw(size, generator=torch.Generator().manual_seed(100 + n)) for n in numbers]
+    return {"controlnet_cond": torch.stack(found)}
 
 
 def window_of(*batches: Batch) -> list[tuple[PlannedBatch, Batch]]:

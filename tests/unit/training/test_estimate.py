@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from simpletuner.adapters.method import attach
@@ -18,6 +19,7 @@ from simpletuner.apps.cli import main
 from simpletuner.core.types import Place
 from simpletuner.precision.quantise import held_bytes, quantise
 from simpletuner.training.estimate import Live, peak_of
+from tests.journeys.test_controlnet import controlled
 from tests.runs import Run
 from tests.unit.models.test_sdxl import CPU, open_tiny
 
@@ -180,8 +182,6 @@ def test_the_estimate_of_a_run_is_what_its_files_hold(
     tmp_path: Path, tiny_sdxl: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Weights, optimizer and average of its checkpoint, and its caches on the disk."""
-    from safetensors.torch import load_file
-
     run = Run(tmp_path, tiny_sdxl)
     if "model_type" in settings:
         del run.settings["lora_rank"]
@@ -209,6 +209,27 @@ def test_the_estimate_of_a_run_is_what_its_files_hold(
     assert said["cache"] == sum(kept)
     assert said["width"] % 16 == said["height"] % 16 == 0
     assert 0.7 < said["width"] * said["height"] / 64**2 < 1.5
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_a_controlnet_counts_beside_the_model(
+    tmp_path: Path,
+    family: str,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = controlled(tmp_path, request.getfixturevalue(f"tiny_{family}"), family)
+    del run.settings["lora_rank"]
+    assert main(["estimate", "--config", str(run.write(max_train_steps=2)), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert run.train(max_train_steps=2) == 0
+    net = load_file(run.out / "controlnet/diffusion_pytorch_model.safetensors")
+    held = load_file(run.out / "checkpoint-2/optimizer.safetensors")
+    assert said["adapters"] == sum(tensor.nbytes for tensor in net.values())
+    assert said["optimizer"] == sum(t.nbytes for t in held.values() if t.ndim)
+    capsys.readouterr()
+    assert main(["estimate", "--config", str(run.write(train_batch_size=1)), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["activations"] < said["activations"]
 
 
 def test_the_table_is_read_by_people(

@@ -46,6 +46,23 @@ def test_weights_that_do_not_move_are_seen(tiny_sdxl: Path) -> None:
         guard.watch(last.loss)
 
 
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("rate", [1e-3, 1e-7])
+def test_a_new_controlnet_learns_though_two_of_its_layers_begin_at_zero(
+    request: pytest.FixtureRequest, family: str, rate: float
+) -> None:
+    stepper = build_stepper(
+        request.getfixturevalue(f"tiny_{family}"),
+        adapter={"model_type": "full", "controlnet": True},
+        family_name=family,
+        learning_rate=rate,
+    )
+    guard = LearningGuard(stepper.weights)
+    for step in range(3):
+        batch = make_batch(1, 2, family_name=family, controlled=True)
+        guard.watch(stepper.step(step, window_of(batch)).loss)
+
+
 def test_steps_without_anything_to_teach_are_waited_out(tiny_sdxl: Path) -> None:
     stepper = build_stepper(tiny_sdxl)
     guard = LearningGuard(stepper.weights)

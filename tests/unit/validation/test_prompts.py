@@ -107,6 +107,17 @@ def test_a_reference_lies_beside_the_library(tmp_path: Path) -> None:
     library = write(tmp_path, {"cat": {"prompt": "a cat", "reference": "cat.png"}, "dog": "a dog"})
 
     assert [each.reference for each in read_library(library)] == [tmp_path / "cat.png", None]
+    assert [each.control for each in read_library(library)] == [None, None]
+
+
+def test_a_control_picture_lies_beside_the_library_and_can_be_shown(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "edges.png")
+    library = write(tmp_path, {"cat": {"prompt": "a cat", "control": "edges.png"}})
+    assert [each.control for each in read_library(library)] == [tmp_path / "edges.png"]
+
+    (tmp_path / "edges.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match="the control of 'cat' cannot be shown"):
+        read_library(library)
 
 
 def encoded(format: str) -> bytes:

@@ -1,0 +1,147 @@
+"""ControlNets: which class of diffusers a family's is, how one begins, and how one is opened.
+
+A ControlNet is a copy of the denoiser's first half that sees a picture besides; what it makes of
+that picture is added inside the denoiser (Zhang et al. 2023, arXiv 2302.05543).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from simpletuner.core.errors import ConfigError, ModelError
+from simpletuner.core.files import read_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PART = "controlnet"
+"""The net's component name in the stock pipelines, and its folder's name."""
+
+PICTURE = "controlnet_cond"
+"""What every net's `forward` calls the control picture, and so its name in ``batch.controls``."""
+
+_KEY = "controlnet_model_name_or_path"
+_WHOLE = "check that its folder is complete"
+
+
+@dataclass(frozen=True)
+class ControlNet:
+    """What the ControlNet of a family is.
+
+    Args:
+        net: Its class in diffusers.
+        pipeline: The stock pipeline that takes one.
+        argument: What that pipeline calls the control picture.
+        picture: What the net sees of it: ``pixels`` [B, 3, H, W] in [0, 1], or its ``latents``.
+        begin: Makes a net of a denoiser: a copy of its first half, which adds nothing yet.
+        shared: The names in the denoiser's config that a net must agree with, or what it adds does
+            not fit inside.
+        fixed: What else must stand in the config of a net that is trained here.
+    """
+
+    net: str
+    pipeline: str
+    argument: str
+    picture: Literal["pixels", "latents"]
+    begin: Callable[[nn.Module], nn.Module]
+    shared: Sequence[str]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def misfit(self, net: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
+        """Why a net of the config `net` cannot be trained on a denoiser of `base`; None if it can.
+
+        Both are configs as they are read from a file.
+        """
+        if net.get("_class_name") != self.net:
+            return f"is a {net.get('_class_name')}, not a {self.net}"
+        wanted = {name: base.get(name) for name in self.shared} | dict(self.fixed)
+        for name, value in wanted.items():
+            if name in net and net[name] != value:
+                return f"has {name} {net[name]}, the model needs {value}"
+        return None
+
+
+def unet_control(pipeline: str) -> ControlNet:
+    """The ControlNet of a UNet."""
+    return ControlNet(
+        net="ControlNetModel",
+        pipeline=pipeline,
+        argument="image",
+        picture="pixels",
+        begin=_of_unet,
+        shared=(
+            "in_channels",
+            "block_out_channels",
+            "layers_per_block",
+            "cross_attention_dim",
+            "addition_embed_type",
+            "projection_class_embeddings_input_dim",
+        ),
+        fixed=MappingProxyType({"conditioning_channels": 3}),
+    )
+
+
+def _of_unet(unet: nn.Module) -> nn.Module:
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    assert isinstance(unet, UNet2DConditionModel)
+    net: nn.Module = ControlNetModel.from_unet(unet)
+    return net
+
+
+def net_folder(name: str) -> Path | None:
+    """The folder on this machine that `name` means, with a net's config; None if it is none."""
+    path = Path(name).expanduser()
+    return next((p for p in (path, path / PART) if (p / "config.json").is_file()), None)
+
+
+def begin_control(kind: ControlNet, base: nn.Module) -> nn.Module:
+    """A new net beside the denoiser `base`, whose config it may change; it names no folder."""
+    net = kind.begin(base)
+    net.register_to_config(_name_or_path="")
+    return net
+
+
+def check_fits(kind: ControlNet, folder: Path, base: Mapping[str, Any], label: str) -> None:
+    """Refuse the net in `folder` if it is of another model than `base`; reads no weights.
+
+    Args:
+        base: The denoiser's config.
+        label: What the user named.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if why := kind.misfit(read_json(folder / "config.json"), base):
+        raise ConfigError(f"{_KEY}: {label} {why}", fix="name a ControlNet of this model")
+
+
+def open_control(kind: ControlNet, folder: Path, label: str) -> nn.Module:
+    """The net in `folder`, fp32, on the CPU.
+
+    Args:
+        label: What the user named.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    import diffusers
+    import torch
+    from safetensors import SafetensorError
+
+    cls = getattr(diffusers, kind.net)
+    options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+    try:
+        net: nn.Module
+        net, told = cls.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{_KEY}: {label} cannot be opened: {error}", fix=_WHOLE) from error
+    if missing := sorted(told["missing_keys"]):
+        raise ModelError(
+            f"{_KEY}: {label} lacks {len(missing)} weights, such as {missing[0]}", fix=_WHOLE
+        )
+    return net
