@@ -47,11 +47,12 @@ METHODS_TRIED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "diag-oft": _lycoris("diag-oft"),
         "boft": _lycoris("boft"),
         "full": {"model_type": "full", "learning_rate": 1e-4},
+        "bitfit": {"model_type": "full", "layer_freeze_strategy": "bitfit"},
         "controlnet": {"model_type": "full", "controlnet": True},
     }
 )
 INT8 = MappingProxyType({"base_model_precision": "int8-quanto"})
-REFUSED_OVER_INT8 = ("pissa", "olora", "lycoris-full", "full")
+REFUSED_OVER_INT8 = ("pissa", "olora", "lycoris-full", "full", "bitfit")
 _OF_OPTIMIZERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "prodigy": {"learning_rate": 1.0},

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 
 def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Full:
-    """Let every weight of `denoiser` that can learn train, in the dtype it is in."""
-    unused = family.unused(denoiser)
+    """Let every weight of `denoiser` that can learn train, in the dtype it is in.
+
+    With ``layer_freeze_strategy`` bitfit only its biases (Ben Zaken et al. 2022, arXiv 2106.10199).
+    """
+    unused, biases = family.unused(denoiser), settings.layer_freeze_strategy == "bitfit"
     for name, parameter in denoiser.named_parameters():
-        parameter.requires_grad_(name not in unused)
-    return Full(denoiser, family)
+        chosen = name.endswith(".bias") or not biases
+        parameter.requires_grad_(chosen and name not in unused)
+    return Full(denoiser, family, biases)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Full:
 
     denoiser: nn.Module
     family: Family
+    biases: bool = False
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -48,7 +53,7 @@ class Full:
     @property
     def summary(self) -> str:
         """See Trainable."""
-        return f"full, the whole {self.file}"
+        return f"full, the {'biases of the' if self.biases else 'whole'} {self.file}"
 
     @property
     def facts(self) -> Mapping[str, str]:

@@ -91,6 +91,10 @@ class AdapterSettings(Section):
     disable_assistant_lora: bool = setting(False, pending=True)
     """Train without the helper adapter that a flavour brings."""
 
+    layer_freeze_strategy: Literal["none", "bitfit"] = setting("none")
+    """What of the model stays as it is under model_type full: nothing, or all but the biases
+    (bitfit), which takes far less memory and learns less."""
+
     train_text_encoder: bool = setting(False, pending=True)
     """Also train the text encoders."""
 

@@ -69,6 +69,17 @@ def controlnet_can_train(run: Proposal) -> Iterator[Problem]:
         )
 
 
+def what_is_frozen(run: Proposal) -> Iterator[Problem]:
+    """Layers are kept from training where all of them would train."""
+    if run.asks("layer_freeze_strategy") and (
+        run.values["model_type"] != "full" or run.values["controlnet"]
+    ):
+        yield run.problem(
+            "layer_freeze_strategy",
+            "changes nothing without model_type full, or beside controlnet; remove it",
+        )
+
+
 def settings_of_method(run: Proposal) -> Iterator[Problem]:
     """What shapes an adapter is asked where there is such; its size may stay from another run."""
     full, lycoris = run.values["model_type"] == "full", run.values["lora_type"] == "lycoris"
@@ -253,6 +264,7 @@ LEARNING_CHECKS: tuple[Check, ...] = (
     controlnet_can_train,
     settings_of_method,
     starts_from_the_base,
+    what_is_frozen,
     dora_over_quantised,
     whole_matrices_over_quantised,
     learning_rate_uses,

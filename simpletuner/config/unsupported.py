@@ -161,9 +161,13 @@ _GROUPS = (
         "is not here: what trains is chosen by model_type and peft_lora_target_modules",
         """
         freeze_encoder_after=17 freeze_encoder_before=12 freeze_encoder_strategy=after
-        layer_freeze_strategy peft_lora_mode=standard save_text_encoder=false
-        singlora_ramp_up_steps=0 slider_lora_target=false use_bitfit=false
+        peft_lora_mode=standard save_text_encoder=false
+        singlora_ramp_up_steps=0 slider_lora_target=false
         """,
+    ),
+    (
+        "is not here; write layer_freeze_strategy bitfit",
+        "use_bitfit=false",
     ),
     (
         "is not here; init_lora goes on from a file, resume_from_checkpoint from a checkpoint",

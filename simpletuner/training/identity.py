@@ -137,7 +137,7 @@ def _adapter_identity(adapter: AdapterSettings) -> dict[str, Any]:
     if adapter.trains == "controlnet":
         return {"controlnet": True}
     if adapter.trains == "full":
-        return {}
+        return {"layer_freeze_strategy": adapter.layer_freeze_strategy}
     if adapter.lora_type == "lycoris":
         return {"lycoris_config": json.dumps(adapter.lycoris_config, sort_keys=True)}
     return {

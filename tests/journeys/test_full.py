@@ -81,6 +81,21 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert held == {torch.bfloat16 if "mixed_precision" in more else torch.float32}
 
 
+def test_bitfit_moves_every_bias_and_nothing_else(tmp_path: Path, tiny_sdxl: Path) -> None:
+    run = full(tmp_path, tiny_sdxl, layer_freeze_strategy="bitfit", learning_rate=1e-3)
+    assert run.train() == 0
+    before, after = weights(tiny_sdxl / "unet"), weights(run.out / "unet")
+    assert before.keys() == after.keys()
+    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert moved == {name for name in before if name.endswith(".bias")}
+    held = load_file(run.out / "checkpoint-4/trainable.safetensors")
+    assert held.keys() == moved
+    state = load_file(run.out / "checkpoint-4/optimizer.safetensors")
+    assert sum(t.numel() for t in state.values() if t.ndim) == 2 * sum(
+        t.numel() for t in held.values()
+    )
+
+
 def test_weights_stay_in_fp32_beside_an_optimizer_that_is_not_made_for_bf16(
     tmp_path: Path, tiny_sdxl: Path
 ) -> None:

@@ -303,6 +303,16 @@ def test_what_does_not_go_with_a_start_from_the_base_is_refused(
     assert place.messages() == [f"{key}: {why}; remove it, or lora_init_type pissa"]
 
 
+def test_layers_are_frozen_where_all_would_train(place: Workplace) -> None:
+    place.config(layer_freeze_strategy="bitfit")
+    assert place.messages() == [
+        "layer_freeze_strategy: changes nothing without model_type full, or beside controlnet;"
+        " remove it"
+    ]
+    place.config(model_type="full", layer_freeze_strategy="bitfit")
+    assert place.messages() == []
+
+
 def test_a_bridge_to_flow_matching_is_asked_for_whole(place: Workplace) -> None:
     place.config(diff2flow_enabled=True)
     assert place.messages() == [
