@@ -167,10 +167,19 @@ def writing(kind: type[SimpleTunerError], what: str, folder: Path, fix: str) -> 
     try:
         yield
     except OSError as error:
+        way = file_in_the_way(folder)
         raise kind(
             f"{what} cannot be written to {folder}: {error.strerror or error}",
-            fix=f"{free_space(folder)}: {fix}",
+            fix=f"{way} is a file: move it, or name another folder, then start again"
+            if way
+            else f"{free_space(folder)}: {fix}",
         ) from error
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """What stands where `folder` or one of those above it should be; None for nothing."""
+    found = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), None)
+    return found if found is not None and not found.is_dir() else None
 
 
 def free_space(folder: Path) -> str:

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.core.errors import TrainingError
-from simpletuner.core.files import RunFolder, publish_folder, sweep, write_bytes, write_through
+from simpletuner.core.errors import DataError, TrainingError
+from simpletuner.core.files import (
+    RunFolder,
+    publish_folder,
+    sweep,
+    write_bytes,
+    write_through,
+    writing,
+)
 
 
 @pytest.fixture
@@ -71,3 +78,13 @@ def test_a_disk_that_refuses_names_the_folder_and_the_room_there(tmp_path: Path)
     )
     assert caught.value.fix is not None
     assert "GB are free there" in caught.value.fix
+
+
+def test_a_file_where_a_folder_should_be_is_named_instead_of_the_room(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("mine")
+    folder = tmp_path / "cache" / "index"
+    with pytest.raises(DataError) as caught, writing(DataError, "a.parquet", folder, "make room"):
+        folder.mkdir(parents=True)
+    said = str(caught.value.fix)
+    assert f"{tmp_path / 'cache'} is a file: move it, or name another folder" in said
+    assert (tmp_path / "cache").read_text() == "mine"
