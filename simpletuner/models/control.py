@@ -37,7 +37,8 @@ class ControlNet:
         pipeline: The stock pipeline that takes one.
         argument: What that pipeline calls the control picture.
         picture: What the net sees of it: ``pixels`` [B, 3, H, W] in [0, 1], or its ``latents``.
-        begin: Makes a net of a denoiser: a copy of its first half, which adds nothing yet.
+        begin: Makes a net of a denoiser and of how often its VAE halves a picture: a copy of the
+            denoiser's first half, which adds nothing yet.
         shared: The names in the denoiser's config that a net must agree with, or what it adds does
             not fit inside.
         fixed: What else must stand in the config of a net that is trained here.
@@ -47,14 +48,14 @@ class ControlNet:
     pipeline: str
     argument: str
     picture: Literal["pixels", "latents"]
-    begin: Callable[[nn.Module], nn.Module]
+    begin: Callable[[nn.Module, int], nn.Module]
     shared: Sequence[str]
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
-    def misfit(self, net: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
+    def misfit(self, net: Mapping[str, Any], base: Mapping[str, Any], halvings: int) -> str | None:
         """Why a net of the config `net` cannot be trained on a denoiser of `base`; None if it can.
 
-        Both are configs as they are read from a file.
+        Both are configs as they are read from a file; `halvings` are the VAE's.
         """
         if net.get("_class_name") != self.net:
             return f"is a {net.get('_class_name')}, not a {self.net}"
@@ -62,7 +63,14 @@ class ControlNet:
         for name, value in wanted.items():
             if name in net and net[name] != value:
                 return f"has {name} {net[name]}, the model needs {value}"
+        own = len(net.get("conditioning_embedding_out_channels", _WIDTHS)) - 1
+        if self.picture == "pixels" and own != halvings:
+            return f"makes a picture smaller by {2**own}, the model's VAE by {2**halvings}"
         return None
+
+
+_WIDTHS = (16, 32, 96, 256)
+"""Channels of diffusers' net on the picture's way to an eighth of its size."""
 
 
 def unet_control(pipeline: str) -> ControlNet:
@@ -85,11 +93,13 @@ def unet_control(pipeline: str) -> ControlNet:
     )
 
 
-def _of_unet(unet: nn.Module) -> nn.Module:
+def _of_unet(unet: nn.Module, halvings: int) -> nn.Module:
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     assert isinstance(unet, UNet2DConditionModel)
-    net: nn.Module = ControlNetModel.from_unet(unet)
+    widths = _WIDTHS[-halvings - 1 :]
+    widths = _WIDTHS[:1] * (halvings + 1 - len(widths)) + widths
+    net: nn.Module = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
     return net
 
 
@@ -99,24 +109,27 @@ def net_folder(name: str) -> Path | None:
     return next((p for p in (path, path / PART) if (p / "config.json").is_file()), None)
 
 
-def begin_control(kind: ControlNet, base: nn.Module) -> nn.Module:
+def begin_control(kind: ControlNet, base: nn.Module, halvings: int) -> nn.Module:
     """A new net beside the denoiser `base`, whose config it may change; it names no folder."""
-    net = kind.begin(base)
+    net = kind.begin(base, halvings)
     net.register_to_config(_name_or_path="")
     return net
 
 
-def check_fits(kind: ControlNet, folder: Path, base: Mapping[str, Any], label: str) -> None:
+def check_fits(
+    kind: ControlNet, folder: Path, base: Mapping[str, Any], halvings: int, label: str
+) -> None:
     """Refuse the net in `folder` if it is of another model than `base`; reads no weights.
 
     Args:
         base: The denoiser's config.
+        halvings: How often the model's VAE halves a picture.
         label: What the user named.
 
     Raises:
         ConfigError: It is.
     """
-    if why := kind.misfit(read_json(folder / "config.json"), base):
+    if why := kind.misfit(read_json(folder / "config.json"), base, halvings):
         raise ConfigError(f"{_KEY}: {label} {why}", fix="name a ControlNet of this model")
 
 

@@ -186,7 +186,7 @@ class Family(ABC):
             )
         if folder is not None:
             base = self.checkpoint.config(self.denoiser)
-            control.check_fits(self.control, folder, base, label)
+            control.check_fits(self.control, folder, base, self._halvings, label)
         return self.control
 
     def open_control(self, folder: Path | None = None, label: str = "") -> nn.Module:
@@ -206,7 +206,13 @@ class Family(ABC):
         if folder is not None:
             return control.open_control(kind, folder, label)
         # read anew in fp32: the live denoiser may be in fewer bits
-        return control.begin_control(kind, self.checkpoint.open_part(self.denoiser, torch.float32))
+        base = self.checkpoint.open_part(self.denoiser, torch.float32)
+        return control.begin_control(kind, base, self._halvings)
+
+    @property
+    def _halvings(self) -> int:
+        """How often the VAE halves a picture's edges."""
+        return len(self.checkpoint.config("vae")["block_out_channels"]) - 1
 
     def open_sampler(
         self, denoiser: nn.Module, vae: nn.Module, net: nn.Module | None = None

@@ -47,7 +47,7 @@ def _original_names() -> Iterator[tuple[str, Place]]:
     yield "proj_out", Place("final_layer.linear")
 
 
-def _first_half(transformer: nn.Module) -> nn.Module:
+def _first_half(transformer: nn.Module, halvings: int) -> nn.Module:
     """A net with a copy of half of the blocks, as those of the original release have it."""
     from diffusers import SD3ControlNetModel
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from simpletuner.core.errors import ConfigError, ModelError
 from simpletuner.models.loading import controlnet_folder, open_family
@@ -115,6 +118,33 @@ def test_a_vae_of_fewer_bits_takes_the_control_picture_in_fp32(tiny_sd3: Path) -
     )
     vae = family.open_vae(torch.device("cpu"), torch.bfloat16)
     assert trainable.open_sampler(family, vae).vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("halvings", [1, 2, 4])
+def test_a_new_net_makes_the_picture_as_small_as_the_vae_does(
+    tmp_path: Path, tiny_sdxl: Path, halvings: int
+) -> None:
+    widths, blocks = [8] * (halvings + 1), ["DownEncoderBlock2D"] * (halvings + 1)
+    ups = ["UpDecoderBlock2D"] * (halvings + 1)
+    vae = AutoencoderKL(
+        down_block_types=blocks,
+        up_block_types=ups,
+        block_out_channels=widths,
+        norm_num_groups=4,
+        layers_per_block=1,
+        latent_channels=4,
+    )
+    folder = shutil.copytree(tiny_sdxl, tmp_path / "model")
+    vae.save_pretrained(folder / "vae")
+    stepper = stepper_of(folder, "sdxl")
+    batch = make_batch(0)
+    picture = torch.rand(1, 3, 12 * 2**halvings, 8 * 2**halvings)
+    batch = replace(batch, controls={"controlnet_cond": picture})
+    assert stepper.step(0, window_of(batch)).loss.isfinite()
+
+    (net,) = stepper.weights.trainable.export(tmp_path, {})
+    with pytest.raises(ConfigError, match=f"smaller by {2**halvings}, the model's VAE by 8"):
+        stepper_of(tiny_sdxl, "sdxl", controlnet_model_name_or_path=str(net))
 
 
 def test_a_refiner_takes_no_net(tmp_path: Path) -> None:
