@@ -48,7 +48,10 @@ class Rollout:
         No more than the schedule has above `t`, and none further from `t` than that is from the
         clean end: there little noise would have to stand for all that the model got wrong.
         """
-        chance, wanted = self.probability(step), torch.zeros(len(samples), dtype=torch.long)
+        wanted = torch.zeros(len(samples), dtype=torch.long)
+        if not self.settings.scheduled_sampling_max_step_offset:
+            return wanted
+        chance = self.probability(step)
         for place, sample in enumerate(samples):
             draw = (epoch, sample.occurrence, sample.dataset, sample.id)
             if self.seeds.uniform("rollout", *draw) < chance:

@@ -28,6 +28,7 @@ from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.precision.dtypes import run_dtype
 from simpletuner.precision.fit import fit
 from simpletuner.precision.quantise import held_bytes
+from simpletuner.training.held import held_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,7 +163,7 @@ def estimate(config: Config, family: Family, sources: Sequence[DataSource]) -> E
         sources: What is trained on, first.
     """
     dtype = run_dtype(config.precision)
-    held = _held_dtype(config)
+    held = held_in(config)
     denoiser = family.blueprint(held)
     weights = sum(p.numel() for p in denoiser.parameters())
     name = config.precision.base_model_precision
@@ -200,15 +201,6 @@ def estimate(config: Config, family: Family, sources: Sequence[DataSource]) -> E
         height=height,
         batch=batch,
     )
-
-
-def _held_dtype(config: Config) -> torch.dtype:
-    from simpletuner.precision.dtypes import base_dtype
-
-    trains = config.adapter.trains == "full"
-    if trains and not OPTIMIZERS[config.optimizer.optimizer].fact("bf16_weights", False):
-        return torch.float32
-    return base_dtype(config.precision)
 
 
 def _largest(sources: Sequence[DataSource]) -> tuple[int, int]:

@@ -7,8 +7,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from simpletuner.adapters import controlnet
 from simpletuner.adapters.ema import Ema
 from simpletuner.adapters.method import attach
@@ -23,13 +21,13 @@ from simpletuner.data.plan import BatchPlan
 from simpletuner.data.report import DataReport
 from simpletuner.models.loading import open_family
 from simpletuner.optim.build import build_optimizer
-from simpletuner.optim.optimizers import OPTIMIZERS
-from simpletuner.precision.dtypes import base_dtype, run_dtype
+from simpletuner.precision.dtypes import run_dtype
 from simpletuner.precision.fit import fit
 from simpletuner.precision.quantise import Quantiser
 from simpletuner.runtime.runtime import Runtime
 from simpletuner.training.checkpoint import Checkpointer
 from simpletuner.training.control import Control
+from simpletuner.training.held import held_in
 from simpletuner.training.identity import starting_state
 from simpletuner.training.precompute import precompute
 from simpletuner.training.prefetch import Prefetcher
@@ -101,14 +99,6 @@ def _planned(
     return plan, timetable
 
 
-def _held_in(config: Config) -> torch.dtype:
-    """The denoiser's own dtype: where it trains itself, fp32 but for optimizers made for bf16."""
-    trains = config.adapter.trains == "full"
-    if trains and not OPTIMIZERS[config.optimizer.optimizer].fact("bf16_weights", False):
-        return torch.float32
-    return base_dtype(config.precision)
-
-
 def _train(
     config: Config, datasets: Datasets, folder: RunFolder, bus: Bus, control: Control
 ) -> Path:
@@ -135,7 +125,7 @@ def _train(
     plan, timetable = planned if same else _planned(config, sources, seeds, place)
     # 4. the denoiser with what trains on it
     shrink = with_preset(config.adapter, family, quantiser)
-    denoiser = family.open_denoiser(Place(place.device, _held_in(config)), shrink)
+    denoiser = family.open_denoiser(Place(place.device, held_in(config)), shrink)
     seeds.reseed_torch("adapter")
     trainable = attach(denoiser, family, config.adapter)
     fit(trainable.modules, config.precision)

@@ -1,0 +1,21 @@
+"""What the weights of a run are held in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from simpletuner.optim.optimizers import OPTIMIZERS
+from simpletuner.precision.dtypes import base_dtype
+
+if TYPE_CHECKING:
+    from simpletuner.config.root import Config
+
+
+def held_in(config: Config) -> torch.dtype:
+    """The denoiser's own dtype: where it trains itself, fp32 but for optimizers made for bf16."""
+    trains = config.adapter.trains == "full"
+    if trains and not OPTIMIZERS[config.optimizer.optimizer].fact("bf16_weights", False):
+        return torch.float32
+    return base_dtype(config.precision)
