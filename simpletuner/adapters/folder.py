@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from simpletuner.adapters.export import write_tensors
 from simpletuner.adapters.method import Verified
 from simpletuner.core.errors import TrainingError
+from simpletuner.core.tensors import write_tensors
 from simpletuner.core.types import ParamGroup
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from simpletuner.adapters.export import adapter_metadata, read_tensors, write_lora, write_tensors
+from simpletuner.adapters.export import adapter_metadata, write_lora
 from simpletuner.core.errors import ConfigError, ModelError
+from simpletuner.core.tensors import read_tensors, write_tensors
 from simpletuner.models.original import Place
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def _parts(change: Change, held: list[tuple[str, Place]]) -> Iterator[tuple[str,
         rows = slice(first, first + unit * place.shares[place.part])
         up = change.up[rows]
         size = None if change.magnitude is None else change.magnitude[rows]
-        if place.swapped:
+        if place.swaps(len(up), change.down.shape[1]):
             up, size = _swapped(up), None if size is None else _swapped(size)
         used = up.flatten(2).abs().sum((0, 2)) > 0 if up.ndim > 2 else up.abs().sum(0) > 0
         if len(place.shares) == 1 or bool(used.all()):
@@ -231,7 +232,7 @@ def _named(changes: Changes, layout: str, family: type[Family]) -> dict[str, Cha
                 " cannot hold it",
                 fix="keep the diffusers layout, or train without this module",
             )
-        if place.swapped:
+        if place.swaps(len(change.up), change.down.shape[1]):
             size = None if change.magnitude is None else _swapped(change.magnitude)
             change = replace(change, up=_swapped(change.up), magnitude=size)
         together[place.module][place.part] = change

@@ -21,6 +21,7 @@ from simpletuner.adapters.formats import read_changes, write_changes
 from simpletuner.adapters.method import Verified
 from simpletuner.adapters.start import STARTS, start
 from simpletuner.core.errors import ConfigError, TrainingError
+from simpletuner.core.tensors import read_tensors
 from simpletuner.core.types import ParamGroup
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ class LoRA:
         Raises:
             TrainingError: A module is missing, extra, or changed by more than 1e-6.
         """
-        state = export_files.read_tensors(file)
+        state = read_tensors(file)
         # the stock pipelines' own path for one component (load_lora_weights calls it)
         self.denoiser.load_lora_adapter(
             dict(state),

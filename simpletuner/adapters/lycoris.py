@@ -23,6 +23,7 @@ from simpletuner.adapters.method import Verified
 from simpletuner.core.errors import ConfigError, ModelError, TrainingError, did_you_mean
 from simpletuner.core.extras import require
 from simpletuner.core.files import write_json
+from simpletuner.core.tensors import read_tensors, write_tensors
 from simpletuner.core.types import ParamGroup
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class Lycoris:
     def export(self, folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         """Write ``pytorch_lora_weights.safetensors`` with the library's names, and its config."""
         path = folder / self.file
-        export_files.write_tensors(path, self._tensors(), {"format": "pt", **metadata})
+        write_tensors(path, self._tensors(), {"format": "pt", **metadata})
         config = folder / CONFIG_FILE
         write_json(config, self.config.model_dump(mode="json", exclude_unset=True))
         return [path, config]
@@ -174,7 +175,7 @@ class Lycoris:
         from safetensors import SafetensorError
 
         try:
-            given = export_files.read_tensors(path)
+            given = read_tensors(path)
         except FileNotFoundError:
             raise ConfigError(f"init_lora: {path} does not exist") from None
         except (SafetensorError, OSError) as error:
@@ -205,7 +206,7 @@ class Lycoris:
         """
         from lycoris import create_lycoris_from_weights
 
-        given = export_files.read_tensors(file)
+        given = read_tensors(file)
         ours = {lora.lora_name: lora for lora in self.network.loras}
         # ``full`` holds weights, which its file gives as differences: the tensors say it all
         told = {name: lora for name, lora in ours.items() if not hasattr(lora, "is_diff")}

@@ -1,4 +1,4 @@
-"""A checkpoint on this machine: a diffusers folder, or one file and such a folder's configs."""
+"""A checkpoint on this machine: a diffusers folder, or one file and such a folder for the rest."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class Checkpoint:
 
     Args:
         label: What the user named it; a folder's name only, never its path.
-        folder: A folder in diffusers layout; for a single file, one that holds its configs.
-        file: A single ``.safetensors`` file with all weights, or None.
+        folder: A folder in diffusers layout; for a single file, one with configs and what it lacks.
+        file: A single ``.safetensors`` file with the weights, or None.
+        inside: The parts that the file holds; None for all.
         variant: ``fp16`` and the like, part of the weights' file names.
         revision: The branch, tag or commit it was fetched from, for the record.
         vae: Another checkpoint's folder to take the VAE from, or None.
@@ -38,6 +39,7 @@ class Checkpoint:
     label: str
     folder: Path
     file: Path | None = None
+    inside: frozenset[str] | None = None
     variant: str | None = None
     revision: str | None = None
     vae: Path | None = None
@@ -93,11 +95,27 @@ class Checkpoint:
 
         cls = getattr(diffusers, name)
         options = {"dtype": dtype, "local_files_only": True, **options}
-        if self.file is not None:
+        texts = [part for part in self._text_models if options.get(part, part) is not None]
+        if any(self._in_file(part) for part in texts):
+            for part in (each for each in texts if not self._in_file(each)):
+                options[part] = self._read(part, lambda p=part: self._open_text(p, dtype))  # type: ignore[misc]
             file, configs = str(self.file), str(self.folder)
             return self._read(name, lambda: cls.from_single_file(file, config=configs, **options))
         options |= {"variant": self.variant, "use_safetensors": True}
         return self._read(name, lambda: cls.from_pretrained(self.folder, **options))
+
+    @property
+    def _text_models(self) -> list[str]:
+        return [name for name in self.index if name.startswith("text_encoder") and self.has(name)]
+
+    def _in_file(self, part: str) -> bool:
+        return self.file is not None and (self.inside is None or part in self.inside)
+
+    def _open_text(self, part: str, dtype: torch.dtype) -> Any:
+        import transformers
+
+        cls = getattr(transformers, self.index[part][1])
+        return cls.from_pretrained(self.folder / part, dtype=dtype, local_files_only=True)
 
     def open_part(self, part: str, dtype: torch.dtype) -> Any:
         """One component (``unet``, ``vae``, …) in `dtype`, on the CPU.
@@ -131,7 +149,7 @@ class Checkpoint:
         name = "AutoencoderKL" if elsewhere else self.index[part][1]
         cls, folder = getattr(diffusers, name), self._part_folder(part)
         options = {"dtype": dtype, "local_files_only": True}
-        if self.file is not None and not elsewhere:
+        if self._in_file(part) and not elsewhere:
             return cls.from_single_file(
                 str(self.file), config=str(self.folder), subfolder=part, **options
             )
@@ -192,7 +210,7 @@ class Checkpoint:
         """The configs and weights of `part`."""
         folder = self._part_folder(part)
         found = [p for p in folder.glob("*") if p.suffix in CONFIGS and ".index." not in p.name]
-        if self.file is None or folder != self.folder / part:
+        if self.file is None or not self._in_file(part) or folder != self.folder / part:
             return found + self._weights(folder)
         return [*found, self.file]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from simpletuner.core.errors import ConfigError
 from simpletuner.core.files import content_digest
 from simpletuner.models import control
 from simpletuner.models.original import OriginalNames
+from simpletuner.models.single_file import FilePart
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +92,10 @@ class Family(ABC):
     """Such lists by the names that a setting of the family gives them."""
     original: ClassVar[OriginalNames]
     """The denoiser's modules in the model's original release."""
+    single_file: ClassVar[Mapping[str, FilePart]]
+    """Where each part is in a whole model of one file, by its component's name."""
+    whole_in_one_file: ClassVar[bool] = True
+    """Such a file has all parts; else those that it lacks are the flavour's own."""
     kohya_names: ClassVar[str] = "original"
     """Whose names kohya's layout makes flat: ``original`` or ``diffusers``."""
     control: ClassVar[ControlNet | None] = None
@@ -98,6 +103,29 @@ class Family(ABC):
 
     checkpoint: Checkpoint
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    # --- one file ----------------------------------------------------------------------------
+
+    @classmethod
+    def flavour_of(cls, names: Collection[str]) -> str:
+        """The flavour whose configs fit a single file with tensors of these names."""
+        return next(iter(cls.flavours))
+
+    @classmethod
+    def names_of(cls, config: Mapping[str, Any]) -> OriginalNames:
+        """The original names of the modules of a denoiser with this config."""
+        found = cls.single_file[cls.denoiser].names
+        return found(config) if found else cls.original
+
+    @property
+    def file_parts(self) -> Mapping[str, FilePart]:
+        """`single_file` as a model such as this one is written."""
+        return self.single_file
+
+    @property
+    def file_marks(self) -> dict[str, Tensor]:
+        """What else stands in the file, to tell other programs what the model is."""
+        return {}
 
     # --- opening -----------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from simpletuner.models.checkpoint import CONFIGS, Checkpoint
 from simpletuner.models.control import PART, net_folder
 from simpletuner.models.embedded import embedded_folder
 from simpletuner.models.families import FAMILIES
+from simpletuner.models.single_file import parts_inside
 
 if TYPE_CHECKING:
     from simpletuner.models.family import Family
@@ -24,14 +25,6 @@ _WEIGHTS = (".safetensors",)
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _OTHER_USES = "(Img2Img|Inpaint|ControlNet)*"
 """In a pipeline's name: the same model, used for something else."""
-_HOLDS = MappingProxyType(
-    {
-        "denoiser": ("model.diffusion_model.",),
-        "VAE": ("first_stage_model.", "vae."),
-        "text encoder": ("conditioner.", "cond_stage_model.", "text_encoders."),
-    }
-)
-"""What a whole model in one file holds, by how its tensors' names begin."""
 
 
 def open_family(settings: ModelSettings, *, digests: Path | None = None) -> Family:
@@ -52,7 +45,7 @@ def open_family(settings: ModelSettings, *, digests: Path | None = None) -> Fami
             f"{cls.name} has no flavour {flavour!r}; it has {', '.join(cls.flavours)}"
         )
     name = settings.pretrained_model_name_or_path or cls.flavours[flavour].repo
-    checkpoint = _resolve(name, cls, cls.flavours[flavour].repo, settings, digests)
+    checkpoint = _resolve(name, cls, settings, digests)
     _check_class(checkpoint, cls)
     _check_weights(checkpoint)
     family = cls(checkpoint, settings.model_dump())
@@ -61,7 +54,7 @@ def open_family(settings: ModelSettings, *, digests: Path | None = None) -> Fami
 
 
 def _resolve(
-    name: str, cls: type[Family], flavour_repo: str, settings: ModelSettings, digests: Path | None
+    name: str, cls: type[Family], settings: ModelSettings, digests: Path | None
 ) -> Checkpoint:
     embedded = embedded_folder(name)
     path = embedded or Path(name).expanduser()
@@ -75,8 +68,7 @@ def _resolve(
             fix="remove it; only models of the hub have revisions",
         )
     if path.is_file():
-        _check_file(path, vae_elsewhere=vae is not None)
-        return Checkpoint(path.name, _configs(flavour_repo, path.name), file=path, **rest)  # type: ignore[arg-type]
+        return _one_file(path, cls, settings, rest)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ModelError(
@@ -98,12 +90,29 @@ def is_local(name: str) -> bool:
     return Path(name).expanduser().exists() or _looks_like_path(name)
 
 
+def _one_file(
+    path: Path, cls: type[Family], settings: ModelSettings, rest: Mapping[str, Any]
+) -> Checkpoint:
+    """A single file, and what it lacks from the flavour that the user or else the file names."""
+    names = _names(path)
+    inside = parts_inside(names, cls.single_file)
+    _check_file(path, names, inside, cls, vae_elsewhere=rest["vae"] is not None)
+    repo = cls.flavours[settings.model_flavour or cls.flavour_of(names)].repo
+    folder = _configs(repo, path.name)
+    if cls.whole_in_one_file:
+        return Checkpoint(path.name, folder, file=path, **rest)
+    if not cls.single_file.keys() <= inside:
+        held: dict[str, Any] = dict.fromkeys(inside)
+        fetch(repo, None, None, {**cls.pipeline_options, **held})
+    return Checkpoint(path.name, folder, file=path, inside=inside, **rest)
+
+
 def _looks_like_path(name: str) -> bool:
     return name.count("/") != 1 or name[0] in "./~" or Path(name).suffix in _WEIGHTS + _PICKLES
 
 
-def _check_file(path: Path, *, vae_elsewhere: bool) -> None:
-    """Refuse what is not a whole model in one safetensors file; reads its header only."""
+def _names(path: Path) -> list[str]:
+    """The names of the tensors in a safetensors file; reads its header only."""
     if path.suffix in _PICKLES:
         raise ModelError(
             f"{path.name} is a pickle, which can run code when it is opened",
@@ -118,17 +127,27 @@ def _check_file(path: Path, *, vae_elsewhere: bool) -> None:
 
     try:
         with safe_open(path, framework="numpy") as opened:
-            names = list(opened.keys())
+            return list(opened.keys())
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path.name} cannot be read: {error}", fix="download it again: it may be incomplete"
         ) from error
-    missing = [
-        what
-        for what, begins in _HOLDS.items()
-        if not any(name.startswith(begins) for name in names)
-        and not (what == "VAE" and vae_elsewhere)
-    ]
+
+
+def _check_file(
+    path: Path,
+    names: Collection[str],
+    inside: Collection[str],
+    cls: type[Family],
+    *,
+    vae_elsewhere: bool,
+) -> None:
+    """Refuse what is not a model, or lacks parts that files of the family have."""
+    kinds = {"denoiser": {cls.denoiser}}
+    if cls.whole_in_one_file:
+        kinds |= {} if vae_elsewhere else {"VAE": {"vae"}}
+        kinds |= {"text encoder": set(cls.text_parts)}
+    missing = [what for what, parts in kinds.items() if not parts & set(inside)]
     if missing and any("lora" in name for name in names):
         raise ModelError(
             f"{path.name} is a LoRA, not a model",

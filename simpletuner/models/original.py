@@ -8,9 +8,10 @@ matrix, a row says which part of its outputs it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,25 @@ class Place:
         module: The original's name of the matrix.
         part: Which share of its outputs this is, counted from 0.
         shares: The sizes of all of them, one being the unit; ``(1,)`` for a matrix of its own.
-        swapped: The two halves of the outputs stand in the other order (scale and shift).
+        swapped: Where the matrix makes two vectors as wide as its input, scale and shift, they
+            stand in the other order.
+        leaves: Its tensors that are called otherwise there: our name and theirs, which is empty
+            where the module's own name is all there is.
+        kernel: The matrix is a convolution of 1 x 1 there.
+        transposed: The matrix is the other way round there.
     """
 
     module: str
     part: int = 0
     shares: tuple[int, ...] = (1,)
     swapped: bool = False
+    leaves: tuple[tuple[str, str], ...] = ()
+    kernel: bool = False
+    transposed: bool = False
+
+    def swaps(self, rows: int, columns: int) -> bool:
+        """True if the halves of a matrix [rows, columns] stand in the other order."""
+        return self.swapped and rows == 2 * columns
 
 
 class OriginalNames:
@@ -44,9 +57,8 @@ class OriginalNames:
         """Where a module of diffusers is; None where the original has no such matrix."""
         for line in self._rows:
             if found := line.ours.fullmatch(module):
-                place = line.place
-                name = place.module.format_map(found.groupdict())
-                return Place(name, place.part, place.shares, place.swapped)
+                name = line.place.module.format_map(found.groupdict())
+                return replace(line.place, module=name)
         return None
 
     def modules(self, original: str, *, flat: bool = False) -> list[tuple[str, Place]]:
@@ -60,10 +72,9 @@ class OriginalNames:
         for line in self._rows:
             if held := (line.flat if flat else line.original).fullmatch(original):
                 numbers = held.groupdict()
-                place = line.place
-                name = place.module.format_map(numbers)
+                name = line.place.module.format_map(numbers)
                 module = line.template.format_map(numbers)
-                found.append((module, Place(name, place.part, place.shares, place.swapped)))
+                found.append((module, replace(line.place, module=name)))
         return found
 
     def unflat(self, flat: str) -> str | None:
@@ -107,25 +118,31 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\\{(\w+)\\\}", number, re.escape(template)))
 
 
-def fused(ours: Sequence[str], module: str, shares: Sequence[int] = ()) -> list[tuple[str, Place]]:
+def fused(
+    ours: Sequence[str], module: str, shares: Sequence[int] = (), **more: Any
+) -> list[tuple[str, Place]]:
     """Rows for modules that are one matrix in the original, in the order of its outputs.
 
     Args:
         shares: Their sizes, one being the unit; all alike without it.
+        more: What else Place is told of each.
     """
     sizes = tuple(shares) or (1,) * len(ours)
-    return [(name, Place(module, part, sizes)) for part, name in enumerate(ours)]
+    return [(name, Place(module, part, sizes, **more)) for part, name in enumerate(ours)]
 
 
 # --- the UNet of Stable Diffusion ----------------------------------------------------------------
 
 _RESNET = (
+    ("norm1", "in_layers.0"),
     ("conv1", "in_layers.2"),
     ("time_emb_proj", "emb_layers.1"),
+    ("norm2", "out_layers.0"),
     ("conv2", "out_layers.3"),
     ("conv_shortcut", "skip_connection"),
 )
 _ATTENTION = (
+    "norm",
     "proj_in",
     "proj_out",
     *(
@@ -133,11 +150,13 @@ _ATTENTION = (
         for kind in (1, 2)
         for part in ("to_q", "to_k", "to_v", "to_out.0")
     ),
+    *(f"transformer_blocks.{{t}}.norm{number}" for number in (1, 2, 3)),
     "transformer_blocks.{t}.ff.net.0.proj",
     "transformer_blocks.{t}.ff.net.2",
 )
 _OUTSIDE = (
     ("conv_in", "input_blocks.0.0"),
+    ("conv_norm_out", "out.0"),
     ("conv_out", "out.2"),
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
@@ -156,6 +175,12 @@ def unet_names(attends_up: Sequence[bool], layers: int = 2) -> OriginalNames:
         layers: Resnets of a block on the way down; one more on the way up.
     """
     return OriginalNames((ours, Place(name)) for ours, name in _unet(attends_up, layers))
+
+
+def unet_names_of(config: Mapping[str, Any]) -> OriginalNames:
+    """The names of a UNet whose blocks its config tells."""
+    attends = ["CrossAttn" in kind for kind in config["up_block_types"]]
+    return unet_names(attends, int(config["layers_per_block"]))
 
 
 def _unet(attends_up: Sequence[bool], layers: int) -> Iterator[tuple[str, str]]:
@@ -180,3 +205,78 @@ def _unet(attends_up: Sequence[bool], layers: int) -> Iterator[tuple[str, str]]:
         for name, named in inner:
             yield f"{ours}.{name}", f"{original}.{named}"
     yield from _OUTSIDE
+
+
+# --- the VAE of them all --------------------------------------------------------------------------
+
+_VAE_RESNET = (
+    ("norm1", "norm1"),
+    ("conv1", "conv1"),
+    ("norm2", "norm2"),
+    ("conv2", "conv2"),
+    ("conv_shortcut", "nin_shortcut"),
+)
+
+
+def vae_names_of(config: Mapping[str, Any]) -> OriginalNames:
+    """The names of CompVis' VAE: blocks on the way up count from the picture."""
+    return OriginalNames(_vae(len(config["up_block_types"])))
+
+
+def _vae(blocks: int) -> Iterator[tuple[str, Place]]:
+    resnets = [
+        ("encoder.down_blocks.{i}.resnets.{n}", "encoder.down.{i}.block.{n}"),
+        *(
+            (f"decoder.up_blocks.{i}.resnets.{{n}}", f"decoder.up.{blocks - 1 - i}.block.{{n}}")
+            for i in range(blocks)
+        ),
+    ]
+    for side in ("encoder", "decoder"):
+        yield f"{side}.conv_in", Place(f"{side}.conv_in")
+        yield f"{side}.conv_norm_out", Place(f"{side}.norm_out")
+        yield f"{side}.conv_out", Place(f"{side}.conv_out")
+        ours, there = f"{side}.mid_block", f"{side}.mid"
+        resnets += [(f"{ours}.resnets.{n}", f"{there}.block_{n + 1}") for n in (0, 1)]
+        yield f"{ours}.attentions.0.group_norm", Place(f"{there}.attn_1.norm")
+        for name, named in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+            yield f"{ours}.attentions.0.{name}", Place(f"{there}.attn_1.{named}", kernel=True)
+    for ours, there in resnets:
+        for name, named in _VAE_RESNET:
+            yield f"{ours}.{name}", Place(f"{there}.{named}")
+    yield "encoder.down_blocks.{i}.downsamplers.0.conv", Place("encoder.down.{i}.downsample.conv")
+    for i in range(blocks):
+        there = f"decoder.up.{blocks - 1 - i}.upsample.conv"
+        yield f"decoder.up_blocks.{i}.upsamplers.0.conv", Place(there)
+    for name in ("quant_conv", "post_quant_conv"):
+        yield name, Place(name)
+
+
+# --- text encoders --------------------------------------------------------------------------------
+
+
+def open_clip_names(_: Mapping[str, Any]) -> OriginalNames:
+    """The names of OpenCLIP: query, key and value are one matrix, the projection is transposed."""
+    return OriginalNames(_open_clip())
+
+
+def _open_clip() -> Iterator[tuple[str, Place]]:
+    alone = (("weight", ""),)  # a tensor that is no module's
+    yield "text_model.embeddings.token_embedding", Place("token_embedding")
+    yield (
+        "text_model.embeddings.position_embedding",
+        Place("positional_embedding", leaves=alone),
+    )
+    layer, there = "text_model.encoder.layers.{i}", "transformer.resblocks.{i}"
+    one = tuple((leaf, f"in_proj_{leaf}") for leaf in ("weight", "bias"))
+    parts = [f"{layer}.self_attn.{letter}_proj" for letter in "qkv"]
+    yield from fused(parts, f"{there}.attn", leaves=one)
+    for name, named in (
+        ("self_attn.out_proj", "attn.out_proj"),
+        ("layer_norm1", "ln_1"),
+        ("layer_norm2", "ln_2"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+    ):
+        yield f"{layer}.{name}", Place(f"{there}.{named}")
+    yield "text_model.final_layer_norm", Place("ln_final")
+    yield "text_projection", Place("text_projection", leaves=alone, transposed=True)

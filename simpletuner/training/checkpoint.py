@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from simpletuner.adapters.export import read_tensors, write_tensors
 from simpletuner.core.errors import TrainingError
 from simpletuner.core.events import Bus, CheckpointSaved
 from simpletuner.core.files import (
@@ -36,6 +35,7 @@ from simpletuner.core.files import (
     sweep,
     write_json,
 )
+from simpletuner.core.tensors import read_tensors, write_tensors
 from simpletuner.optim.build import load_optimizer_tensors, optimizer_tensors
 from simpletuner.training.identity import check_data, check_model, machine_told, settings_told
 

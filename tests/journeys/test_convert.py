@@ -79,7 +79,7 @@ def test_what_cannot_be_converted_says_what_to_do(
 
 
 def test_the_summary_of_the_run_travels_along(run: Run, tmp_path: Path) -> None:
-    from simpletuner.adapters.export import header
+    from simpletuner.core.tensors import header
 
     target = tmp_path / "kohya.safetensors"
     assert main(["export", str(run.out), "--to", "kohya", "--output", str(target)]) == 0

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from simpletuner.adapters import export
 from simpletuner.cache.latents import LatentCache
 from simpletuner.core.files import RunFolder
+from simpletuner.core.tensors import header
 from simpletuner.models.family import Family
 from simpletuner.training.stepper import Outcome, Stepper
 from tests.runs import make_pictures
@@ -51,7 +52,7 @@ def test_a_result_that_fails_verification_replaces_nothing(
 
     def damaged(path: Path, *rest: Any) -> None:
         write(path, *rest)
-        tensors, facts = load_file(path), export.header(path)
+        tensors, facts = load_file(path), header(path)
         tensors[sorted(tensors)[0]] += 1
         save_file(tensors, path, metadata=facts)
 

@@ -13,12 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from tests.tiny.build import build_sdxl
+from tests.tiny.build import build_sd3, build_sdxl
 
 Weights = dict[str, Tensor]
 
@@ -86,6 +91,24 @@ def build_sdxl_of_two_widths(folder: Path) -> Path:
         pipe = StableDiffusionXLPipeline.from_pretrained(
             folder, unet=unet, text_encoder_2=CLIPTextModelWithProjection(config)
         )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def build_sd3_of_two_widths(folder: Path) -> Path:
+    """A tiny SD3 as the real one: the second CLIP is the wider, the first's projection is none."""
+    build_sd3(folder)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(1)
+        config = CLIPTextConfig.from_pretrained(folder / "text_encoder_2", hidden_size=48)
+        transformer = SD3Transformer2DModel.from_config(
+            SD3Transformer2DModel.load_config(folder / "transformer"), pooled_projection_dim=32 + 32
+        )
+        pipe = StableDiffusion3Pipeline.from_pretrained(
+            folder, transformer=transformer, text_encoder_2=CLIPTextModelWithProjection(config)
+        )
+    with torch.no_grad():
+        pipe.text_encoder.text_projection.weight.copy_(torch.eye(32))
     pipe.save_pretrained(folder)
     return folder
 

@@ -57,8 +57,9 @@ def _parser(command: str, name: str, what: str) -> argparse.ArgumentParser:
 def _convert(asked: argparse.Namespace) -> int:
     import torch
 
-    from simpletuner.adapters.export import header, lora_file
+    from simpletuner.adapters.export import lora_file
     from simpletuner.adapters.formats import read_changes, write_changes
+    from simpletuner.core.tensors import header
 
     source = lora_file(asked.source)
     if not source.is_file():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.files import read_json
 from simpletuner.models.family import Family, Flavour
-from simpletuner.models.original import OriginalNames, Place, fused
+from simpletuner.models.original import OriginalNames, Place, fused, vae_names_of
+from simpletuner.models.single_file import FilePart
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,12 +51,15 @@ def _original_names() -> Iterator[tuple[str, Place]]:
         ours = [f"{block}.attn.{name}" for name in names]
         yield from fused(ours, f"{there}.{whose}_attn.qkv")
         yield f"{block}.attn.{out}", Place(f"{there}.{whose}_attn.proj")
+        added = "" if whose == "img" else "added_"
+        yield from _norms(f"{block}.attn.norm_{added}", f"{there}.{whose}_attn.norm")
         yield f"{block}.{ff}.net.0.proj", Place(f"{there}.{whose}_mlp.0")
         yield f"{block}.{ff}.net.2", Place(f"{there}.{whose}_mlp.2")
         yield f"{block}.{norm or 'norm1_context'}.linear", Place(f"{there}.{whose}_mod.lin")
     block, there = "single_transformer_blocks.{i}", "single_blocks.{i}"
     parts = [f"{block}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
     yield from fused(parts, f"{there}.linear1", (1, 1, 1, 4))
+    yield from _norms(f"{block}.attn.norm_", f"{there}.norm")
     yield f"{block}.proj_out", Place(f"{there}.linear2")
     yield f"{block}.norm.linear", Place(f"{there}.modulation.lin")
     for ours, original in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance")):
@@ -66,6 +70,11 @@ def _original_names() -> Iterator[tuple[str, Place]]:
     yield "context_embedder", Place("txt_in")
     yield "norm_out.linear", Place("final_layer.adaLN_modulation.1", swapped=True)
     yield "proj_out", Place("final_layer.linear")
+
+
+def _norms(ours: str, there: str) -> Iterator[tuple[str, Place]]:
+    for letter, name in (("q", "query"), ("k", "key")):
+        yield f"{ours}{letter}", Place(f"{there}.{name}_norm", leaves=(("weight", "scale"),))
 
 
 class Flux(Family):
@@ -122,6 +131,22 @@ class Flux(Family):
         }
     )
     original = OriginalNames(_original_names())
+    single_file = MappingProxyType(
+        {
+            "transformer": FilePart(
+                "model.diffusion_model.", lambda _: Flux.original, ("double_blocks.",)
+            ),
+            "vae": FilePart("vae.", vae_names_of, ("first_stage_model.",)),
+            "text_encoder": FilePart("text_encoders.clip_l.transformer."),
+            "text_encoder_2": FilePart("text_encoders.t5xxl.transformer."),
+        }
+    )
+    whole_in_one_file = False
+
+    @classmethod
+    def flavour_of(cls, names: Collection[str]) -> str:
+        """All but schnell are told a guidance strength."""
+        return "dev" if any("guidance_in." in name for name in names) else "schnell"
 
     # --- the checkpoint ------------------------------------------------------------------------
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.models.control import PICTURE, unet_control
 from simpletuner.models.family import Family, Flavour
-from simpletuner.models.original import unet_names
+from simpletuner.models.original import unet_names, unet_names_of, vae_names_of
+from simpletuner.models.single_file import FilePart
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,6 +46,18 @@ class SD1(Family):
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     original = unet_names((False, True, True, True))
     control = unet_control("StableDiffusionControlNetPipeline")
+    single_file = MappingProxyType(
+        {
+            "unet": FilePart("model.diffusion_model.", unet_names_of),
+            "vae": FilePart("first_stage_model.", vae_names_of, ("vae.",)),
+            "text_encoder": FilePart("cond_stage_model.transformer."),
+        }
+    )
+
+    @classmethod
+    def flavour_of(cls, names: Collection[str]) -> str:
+        """All have the same configs; those of the base model are told."""
+        return "1.5"
 
     @property
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:

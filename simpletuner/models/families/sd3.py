@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.errors import ModelError
 from simpletuner.models.control import PICTURE, ControlNet
 from simpletuner.models.family import Family, Flavour
-from simpletuner.models.original import OriginalNames, Place, fused
+from simpletuner.models.original import OriginalNames, Place, fused, vae_names_of
+from simpletuner.models.single_file import FilePart
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 def _original_names() -> Iterator[tuple[str, Place]]:
     """The modules of Stability's own release.
 
-    norm1_context has no row: in the last block its halves stand in the other order, and a name does
-    not tell which block is the last.
+    The last block's norm1_context makes scale and shift alone, in the other order.
     """
     block, streams = "transformer_blocks.{i}", "joint_blocks.{i}"
     for attention, whose, names in (
@@ -33,10 +33,16 @@ def _original_names() -> Iterator[tuple[str, Place]]:
         there = f"{streams}.{whose}.{attention}"
         yield from fused([f"{block}.{attention}.{name}" for name in names[:3]], f"{there}.qkv")
         yield f"{block}.{attention}.{names[3]}", Place(f"{there}.proj")
+        added = "added_" if whose == "context_block" else ""
+        for letter in "qk":
+            yield f"{block}.{attention}.norm_{added}{letter}", Place(f"{there}.ln_{letter}")
     for ours, whose in (("ff", "x_block"), ("ff_context", "context_block")):
         yield f"{block}.{ours}.net.0.proj", Place(f"{streams}.{whose}.mlp.fc1")
         yield f"{block}.{ours}.net.2", Place(f"{streams}.{whose}.mlp.fc2")
     yield f"{block}.norm1.linear", Place(f"{streams}.x_block.adaLN_modulation.1")
+    there = f"{streams}.context_block.adaLN_modulation.1"
+    yield f"{block}.norm1_context.linear", Place(there, swapped=True)
+    yield "pos_embed", Place("pos_embed", leaves=(("pos_embed", ""),))
     for ours, original in (("timestep", "t_embedder"), ("text", "y_embedder")):
         for n, place in ((1, 0), (2, 2)):
             name = f"time_text_embed.{ours}_embedder.linear_{n}"
@@ -126,6 +132,26 @@ class SD3(Family):
         ),
         fixed=MappingProxyType({"extra_conditioning_channels": 0, "use_pos_embed": True}),
     )
+    single_file = MappingProxyType(
+        {
+            "transformer": FilePart(
+                "model.diffusion_model.", lambda _: SD3.original, ("joint_blocks.",)
+            ),
+            "vae": FilePart("first_stage_model.", vae_names_of, ("vae.",)),
+            "text_encoder": FilePart("text_encoders.clip_l.transformer."),
+            "text_encoder_2": FilePart("text_encoders.clip_g.transformer."),
+            "text_encoder_3": FilePart("text_encoders.t5xxl.transformer."),
+        }
+    )
+    whole_in_one_file = False
+
+    @classmethod
+    def flavour_of(cls, names: Collection[str]) -> str:
+        """3.5 large has 38 blocks, 3.5 medium attends twice in some."""
+        told = [name.removeprefix("model.diffusion_model.") for name in names]
+        if any(name.startswith("joint_blocks.37.") for name in told):
+            return "large"
+        return "medium" if any(".attn2." in name for name in told) else "medium-3.0"
 
     @property
     def text_options(self) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,22 @@ from simpletuner.core.errors import ConfigError
 from simpletuner.core.types import to_device
 from simpletuner.models.control import PICTURE, unet_control
 from simpletuner.models.family import Family, Flavour
-from simpletuner.models.original import unet_names
+from simpletuner.models.original import (
+    open_clip_names,
+    unet_names,
+    unet_names_of,
+    vae_names_of,
+)
+from simpletuner.models.single_file import FilePart
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from simpletuner.core.types import Batch, Draw, Embeds
     from simpletuner.models.control import ControlNet
+
+
+_REFINER_TEXT = "conditioner.embedders.0.model."
 
 
 class SDXL(Family):
@@ -53,6 +62,40 @@ class SDXL(Family):
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     original = unet_names((True, True, False))
     control = unet_control("StableDiffusionXLControlNetPipeline")
+    single_file = MappingProxyType(
+        {
+            "unet": FilePart("model.diffusion_model.", unet_names_of),
+            "vae": FilePart("first_stage_model.", vae_names_of, ("vae.",)),
+            "text_encoder": FilePart("conditioner.embedders.0.transformer."),
+            "text_encoder_2": FilePart(
+                "conditioner.embedders.1.model.", open_clip_names, (_REFINER_TEXT,)
+            ),
+        }
+    )
+
+    @classmethod
+    def flavour_of(cls, names: Collection[str]) -> str:
+        """A refiner has the second text encoder alone, in the place of the first."""
+        refiner = any(name.startswith(_REFINER_TEXT) for name in names)
+        return "refiner-1.0" if refiner else "base-1.0"
+
+    @property
+    def file_parts(self) -> Mapping[str, FilePart]:
+        """A refiner's text encoder stands in the place of the first."""
+        if not self._refiner:
+            return self.single_file
+        return {**self.single_file, "text_encoder_2": FilePart(_REFINER_TEXT, open_clip_names)}
+
+    @property
+    def file_marks(self) -> dict[str, Tensor]:
+        """ComfyUI takes a model for one of ε unless an empty tensor says v, as for zero SNR."""
+        import torch
+
+        says = {
+            "v_pred": self.prediction_type == "v_prediction",
+            "ztsnr": self.scheduler_config.get("rescale_betas_zero_snr"),
+        }
+        return {name: torch.empty(0) for name, holds in says.items() if holds}
 
     @property
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:

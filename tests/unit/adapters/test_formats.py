@@ -23,9 +23,9 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simpletuner.adapters.export import header
 from simpletuner.adapters.formats import FORMATS, Change, read_changes, write_changes
 from simpletuner.core.errors import ConfigError, ModelError
+from simpletuner.core.tensors import header
 from simpletuner.models.families import FAMILIES
 from simpletuner.models.family import Family
 from tests.tiny.single_file import _unet as original_unet

@@ -15,12 +15,13 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from simpletuner.adapters.export import adapter_metadata, header
+from simpletuner.adapters.export import adapter_metadata
 from simpletuner.adapters.lora import LoRA, attach
 from simpletuner.adapters.settings import AdapterSettings
 from simpletuner.adapters.start import factors
 from simpletuner.adapters.weights import Weights
 from simpletuner.core.errors import ConfigError, ModelError, TrainingError
+from simpletuner.core.tensors import header
 from simpletuner.core.types import Place
 from tests.unit.models.test_sdxl import CPU, open_tiny
 

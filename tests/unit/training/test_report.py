@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from simpletuner.adapters.export import header
 from simpletuner.config.flat import SETTINGS
+from simpletuner.core.tensors import header
 from tests.runs import Run, make_pictures
 
 
