@@ -20,7 +20,7 @@ from torch import Tensor
 from simpletuner.adapters.export import adapter_metadata, write_lora
 from simpletuner.core.errors import ConfigError, ModelError
 from simpletuner.core.tensors import read_tensors, write_tensors
-from simpletuner.models.original import Place
+from simpletuner.models.original import OriginalNames, Place
 
 if TYPE_CHECKING:
     from simpletuner.models.family import Family
@@ -62,8 +62,13 @@ Changes = Mapping[str, Change]
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_changes(path: Path, family: type[Family]) -> dict[str, Change]:
+def read_changes(
+    path: Path, family: type[Family], names: OriginalNames | None = None
+) -> dict[str, Change]:
     """A LoRA of the denoiser in any of the layouts.
+
+    Args:
+        names: The table of the denoiser at hand; without it, that of the family's base model.
 
     Raises:
         ConfigError: There is no such file.
@@ -90,7 +95,14 @@ def read_changes(path: Path, family: type[Family]) -> dict[str, Change]:
     for module, held in parts.items():
         if not {"down", "up"} <= held.keys():
             raise _strange(path, module, family)
-        changes |= _placed(path, module, _change(module, held, header), family)
+        size = held.get("size")
+        if size is not None and size.shape[:1] != held["up"].shape[:1]:
+            raise ModelError(
+                f"{path.name} is a DoRA whose magnitudes are of the inputs of {module}",
+                fix="train it with wd_on_out, as is usual; peft and diffusers know no other",
+            )
+        change = _change(module, held, header)
+        changes |= _placed(path, module, change, family, names or family.original)
     if not changes:
         raise ModelError(f"{path.name} holds no tensors", fix="name another file")
     return changes
@@ -128,12 +140,14 @@ def _alpha_of(module: str, rank: int, header: Mapping[str, Any]) -> float:
     return float(header.get(f"{prefix}.lora_alpha", rank))
 
 
-def _placed(path: Path, module: str, change: Change, family: type[Family]) -> dict[str, Change]:
+def _placed(
+    path: Path, module: str, change: Change, family: type[Family], names: OriginalNames
+) -> dict[str, Change]:
     """A file's module as the modules of diffusers that it is."""
-    prefix, names = f"{family.denoiser}.", family.original
+    prefix = f"{family.denoiser}."
     if module.startswith(prefix):
         return {module.removeprefix(prefix): change}
-    for begin, flat in (("diffusion_model.", False), ("lora_unet_", True)):
+    for begin, flat in (("diffusion_model.", False), ("lora_unet_", True), ("lycoris_", True)):
         if not module.startswith(begin):
             continue
         rest = module.removeprefix(begin)
@@ -181,12 +195,18 @@ def _strange(path: Path, key: str, family: type[Family]) -> ModelError:
 
 
 def write_changes(
-    path: Path, changes: Changes, layout: str, family: type[Family], metadata: Mapping[str, str]
+    path: Path,
+    changes: Changes,
+    layout: str,
+    family: type[Family],
+    metadata: Mapping[str, str],
+    names: OriginalNames | None = None,
 ) -> None:
     """Write a LoRA in one of FORMATS, atomically.
 
     Args:
         metadata: Facts for the reader; no paths, no secrets.
+        names: The table of the denoiser at hand; without it, that of the family's base model.
 
     Raises:
         ModelError: A module has no name in the original, or DoRA cannot be kept.
@@ -197,7 +217,7 @@ def write_changes(
     tensors: dict[str, Tensor] = {}
     comfy = layout == "comfyui"
     ends = ("lora_A.weight", "lora_B.weight") if comfy else ("lora_down.weight", "lora_up.weight")
-    named = _named(changes, layout, family)
+    named = _named(changes, layout, family, names or family.original)
     for module, change in named.items():
         begin = f"diffusion_model.{module}" if comfy else f"lora_unet_{module.replace('.', '_')}"
         tensors[f"{begin}.{ends[0]}"] = change.down.contiguous()
@@ -218,14 +238,16 @@ def write_changes(
     write_tensors(path, tensors, header)
 
 
-def _named(changes: Changes, layout: str, family: type[Family]) -> dict[str, Change]:
+def _named(
+    changes: Changes, layout: str, family: type[Family], names: OriginalNames
+) -> dict[str, Change]:
     """The changes by the names of `layout`; those of one matrix made one."""
     if layout == "kohya" and family.kohya_names == "diffusers":
         return dict(changes)
     together: defaultdict[str, dict[int, Change]] = defaultdict(dict)
     places: dict[str, Place] = {}
     for module, change in changes.items():
-        place = family.original.place(module)
+        place = names.place(module)
         if place is None:
             raise ModelError(
                 f"{module} has no name in the original layout of {family.title}, so {layout}"

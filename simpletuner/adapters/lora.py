@@ -218,7 +218,9 @@ class LoRA:
         if self.layout == "diffusers":
             return [path]
         other = path.with_name(f"{path.stem}.{self.layout}.safetensors")
-        write_changes(other, read_changes(path, self.family), self.layout, self.family, metadata)
+        names = self.family.names_of(self.denoiser.config)  # type: ignore[arg-type]
+        changes = read_changes(path, self.family, names)
+        write_changes(other, changes, self.layout, self.family, metadata, names)
         return [path, other]
 
     def start_from(self, path: Path, family: type[Family]) -> None:
@@ -228,7 +230,8 @@ class LoRA:
             ConfigError: There is no such file, or its modules, rank, alpha or kind are not these.
             ModelError: It cannot be read, or is not a LoRA of this denoiser.
         """
-        changes, ours = read_changes(path, family), self.layers()
+        names = family.names_of(self.denoiser.config)  # type: ignore[arg-type]
+        changes, ours = read_changes(path, family, names), self.layers()
         strange = sorted(set(changes) ^ set(ours))
         what = f"{len(strange)} modules differ, for example {strange[0]}" if strange else None
         for name, change in changes.items() if what is None else ():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters import export as export_files
+from simpletuner.adapters.lycoris_names import LIBRARY, to_layout, to_library
 from simpletuner.adapters.lycoris_settings import LycorisConfig
 from simpletuner.adapters.method import Verified
 from simpletuner.core.errors import ConfigError, ModelError, TrainingError, did_you_mean
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from simpletuner.adapters.settings import AdapterSettings
     from simpletuner.core.types import Batch, Draw
     from simpletuner.models.family import Family
+    from simpletuner.models.original import OriginalNames
 
 CONFIG_FILE = "lycoris_config.json"
 _HEADER = "lycoris_config"
@@ -73,7 +75,7 @@ def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Ly
     for parameter in network.parameters():
         parameter.data = parameter.data.float()
     denoiser.add_module(_CHILD, network)  # so that it leaves training mode with the denoiser
-    found = Lycoris(denoiser, family.denoiser, config)
+    found = Lycoris(denoiser, family.denoiser, config, type(family), settings.lora_format)
     if settings.init_lora:
         found.start_from(export_files.lora_file(settings.init_lora))
     return found
@@ -86,6 +88,8 @@ class Lycoris:
     denoiser: nn.Module
     part: str
     config: LycorisConfig
+    family: type[Family]
+    layout: str = "diffusers"
 
     @property
     def network(self) -> Any:
@@ -159,18 +163,27 @@ class Lycoris:
         write_tensors(path, self._tensors(), {"format": "pt", **metadata})
         config = folder / CONFIG_FILE
         write_json(config, self.config.model_dump(mode="json", exclude_unset=True))
-        return [path, config]
+        if self.layout == "diffusers":
+            return [path, config]
+        other = path.with_name(f"{path.stem}.{self.layout}.safetensors")
+        named = to_layout(self._tensors(), self.layout, self.family, self._names)
+        write_tensors(other, named, {"format": "pt", **metadata})
+        return [path, config, other]
+
+    @property
+    def _names(self) -> OriginalNames:
+        return self.family.names_of(self.denoiser.config)  # type: ignore[arg-type]
 
     def _tensors(self) -> dict[str, Tensor]:
         state = self.network.state_dict()
         return {name: t.detach().float().cpu().contiguous() for name, t in state.items()}
 
     def start_from(self, path: Path) -> None:
-        """Copy a file of the library into these adapters.
+        """Copy a LyCORIS file in any layout into these adapters.
 
         Raises:
             ConfigError: There is no such file, or it is of other modules, sizes or another kind.
-            ModelError: It cannot be read.
+            ModelError: It cannot be read, or is no LyCORIS of this denoiser.
         """
         from safetensors import SafetensorError
 
@@ -181,6 +194,8 @@ class Lycoris:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"init_lora: {path.name} cannot be read: {error}") from error
         ours = self._tensors()
+        if any(not name.startswith(LIBRARY) for name in given):
+            given = to_library(given, self.family, self._names)
         wrong = sorted(ours.keys() ^ given.keys())
         wrong += [n for n in ours.keys() & given.keys() if ours[n].shape != given[n].shape]
         wrong += [

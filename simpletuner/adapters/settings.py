@@ -67,8 +67,8 @@ class AdapterSettings(Section):
     the file that is written says the same in the plain way, with a larger alpha."""
 
     lora_format: Literal["diffusers", "comfyui", "kohya"] = setting("diffusers")
-    """The layout of the LoRA; in another than diffusers, a second file with the layout in its name
-    is written beside the first, with the same change of every weight."""
+    """The layout of the adapter; in another than diffusers, a second file with the layout in its
+    name is written beside the first, with the same change of every weight."""
 
     lycoris_config: Path | dict[str, Any] | None = setting(None, path=True)
     """The LyCORIS algorithm and its options: a JSON file, or the object itself; without it,

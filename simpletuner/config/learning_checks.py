@@ -18,7 +18,7 @@ from simpletuner.optim.schedules import SCHEDULES
 
 _NET = "controlnet_model_name_or_path"
 _OF_LORA = (
-    *("lora_dropout", "lora_format", "lora_init_type", "peft_lora_target_modules"),
+    *("lora_dropout", "lora_init_type", "peft_lora_target_modules"),
     *("use_dora", "use_rslora"),
 )
 
@@ -84,7 +84,7 @@ def settings_of_method(run: Proposal) -> Iterator[Problem]:
     """What shapes an adapter is asked where there is such; its size may stay from another run."""
     full, lycoris = run.values["model_type"] == "full", run.values["lora_type"] == "lycoris"
     if full:
-        for key in (*_OF_LORA, "init_lora", "lycoris_config"):
+        for key in (*_OF_LORA, "lora_format", "init_lora", "lycoris_config"):
             if run.asks(key):
                 yield run.problem(
                     key, "is of an adapter, and model_type full has none; remove it, or set lora"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from simpletuner.core.files import write_through
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -68,3 +69,24 @@ def header(path: Path) -> dict[str, str]:
 
     with safe_open(path, "pt") as handle:
         return dict(handle.metadata() or {})
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of a safetensors file's tensors; reads its header only."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as handle:
+        return list(handle.keys())
+
+
+def dtype_of(path: Path) -> torch.dtype:
+    """What the numbers of a safetensors file are held in, by its first floating-point tensor."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as handle:
+        for name in handle.keys():
+            tensor: Tensor = handle.get_tensor(name)
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return torch.float32

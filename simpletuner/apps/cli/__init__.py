@@ -40,13 +40,13 @@ COMMANDS = Table(
         Row("train", "simpletuner.apps.cli.train:run", "train a model"),
         Row(
             "export",
-            "simpletuner.apps.cli.convert_lora:run_export",
-            "write a run's LoRA in another tool's layout",
+            "simpletuner.apps.cli.export:run",
+            "write what a run trained in another tool's layout",
         ),
         Row(
             "convert-lora",
             "simpletuner.apps.cli.convert_lora:run",
-            "write any LoRA in another tool's layout",
+            "write any LoRA or LyCORIS in another tool's layout",
         ),
         Row("options", "simpletuner.apps.cli.options:run", "explain the settings"),
     ),
