@@ -86,17 +86,20 @@ def read_changes(
             f"{path.name} cannot be read: {error}", fix="copy or download it again"
         ) from error
     parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    scaled: set[str] = set()  # peft's vectors are of the outputs always, [1, out, 1, 1] of kernels
     for key, tensor in found.items():
         module, role = _split(key)
         if role is None:
             raise _strange(path, key, family)
         parts[module][role] = tensor
+        if key.endswith(".dora_scale"):
+            scaled.add(module)
     changes: dict[str, Change] = {}
     for module, held in parts.items():
         if not {"down", "up"} <= held.keys():
             raise _strange(path, module, family)
         size = held.get("size")
-        if size is not None and size.shape[:1] != held["up"].shape[:1]:
+        if module in scaled and size is not None and size.shape[:1] != held["up"].shape[:1]:
             raise ModelError(
                 f"{path.name} is a DoRA whose magnitudes are of the inputs of {module}",
                 fix="train it with wd_on_out, as is usual; peft and diffusers know no other",

@@ -265,10 +265,6 @@ _GROUPS = (
         "post_upload_script publishing_config",
     ),
     (
-        "is not here; use model_card_note",
-        "modelspec_comment",
-    ),
-    (
         "belongs to video or audio, which this trainer does not train on; remove it",
         """
         audio framerate s2v_datasets vae_enable_patch_conv=false vae_enable_temporal_roll=false

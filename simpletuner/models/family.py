@@ -64,6 +64,8 @@ class Family(ABC):
     """The name people use."""
     architecture: ClassVar[str]
     """Its name in the modelspec header that other tools read."""
+    kohya_version: ClassVar[str]
+    """Its name in the header of kohya's scripts, ss_base_model_version."""
     pipeline: ClassVar[str]
     """The stock pipeline's class in diffusers."""
     pipeline_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})

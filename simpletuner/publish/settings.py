@@ -6,7 +6,7 @@ from simpletuner.core.section import Section, setting
 
 
 class PublishSettings(Section):
-    """Uploads to the Hugging Face hub; nothing leaves the machine unless push_to_hub says so."""
+    """What the files say of themselves; nothing leaves the machine unless push_to_hub says so."""
 
     push_to_hub: bool = setting(False, pending=True)
     """Upload the result when the run ends."""
@@ -28,6 +28,13 @@ class PublishSettings(Section):
 
     model_card_note: str | None = setting(None, pending=True)
     """A note for the model card."""
+
+    modelspec_comment: str | None = setting(None)
+    """A note in the header of the weights that are written, where other programs show it."""
+
+    ss_tag_frequency: bool = setting(True)
+    """Write into the header of the weights how many pictures have each tag, a piece between commas
+    of a caption that at least two pictures have; false keeps all words of the captions out."""
 
     post_checkpoint_script: str | None = setting(None, pending=True)
     """A command that runs after every checkpoint."""

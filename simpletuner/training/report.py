@@ -10,6 +10,7 @@ from simpletuner.core.events import Bus, RunFinished, RunStarted
 from simpletuner.core.files import RunFolder, write_json
 from simpletuner.core.section import hint_of
 from simpletuner.models.embedded import embedded_folder
+from simpletuner.training.header import header_facts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,26 +44,19 @@ class Report:
         self._config, self._datasets, self._family, self._held = config, datasets, family, held
         self._trainable, self._folder, self._bus = trainable, folder, bus
         self._facts: dict[str, Any] = {}
+        self._sources: Sequence[DataSource] = ()
+        self._header: Mapping[str, str] = {}
 
     def metadata(self, state: TrainState) -> dict[str, str]:
         """The header of the user's weights: facts for the reader, no paths, no secrets."""
-        adapter = self._config.adapter
-        training = [e for e in self._datasets.training if not e.is_regularisation_data]
-        words = (_prompts(entry.trigger_word or entry.instance_prompt) for entry in training)
-        triggers = sorted({word for each in words for word in each})
-        facts = {
-            "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": f"{self._family.architecture}/{adapter.trains}",
-            "modelspec.implementation": "diffusers",
-            "modelspec.prediction_type": self._family.prediction_type,
-            "base_model": self._family.checkpoint.label,
-            **self._trainable.facts,
-            "steps": str(state.step),
-            "simpletuner_version": state.versions["simpletuner"],
-        }
-        if triggers:
-            facts["modelspec.trigger_phrase"] = ", ".join(triggers)
-        return facts
+        if not self._header:
+            self._header = header_facts(
+                *(self._config, self._datasets, self._family, self._sources, state),
+                self._folder.root.resolve().name,
+            )
+        moved = {"steps": state.step, "ss_steps": state.step, "ss_epoch": state.epoch + 1}
+        told = {**self._header, **self._trainable.facts}
+        return told | {name: str(value) for name, value in moved.items()}
 
     def started(
         self,
@@ -74,6 +68,7 @@ class Report:
         resumed: Path | None,
     ) -> None:
         """Write resolved_config.json and run.json, and tell what was resolved."""
+        self._sources = sources
         summary = self._summary(sources, plan, timetable, place)
         if resumed is not None:
             summary["resumed"] = f"{resumed.name}, {state.step} steps done"
@@ -199,12 +194,6 @@ def _pace(plan: BatchPlan) -> str:
     first, *others = plan.phases.all
     changes = [f"{phase.windows} from step {phase.first + 1} on" for phase in others]
     return ", ".join([f"{first.windows} steps an epoch", *changes])
-
-
-def _prompts(setting: str | Sequence[str] | None) -> list[str]:
-    if not setting:
-        return []
-    return [setting] if isinstance(setting, str) else list(setting)
 
 
 def _settings_in_use(section: Section) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class Flux(Family):
     name = "flux"
     title = "FLUX.1"
     architecture = "flux-1-dev"
+    kohya_version = "flux1"
     pipeline = "FluxPipeline"
     flavours = MappingProxyType(
         {

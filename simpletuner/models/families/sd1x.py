@@ -27,6 +27,7 @@ class SD1(Family):
     name = "sd1x"
     title = "Stable Diffusion 1.x"
     architecture = "stable-diffusion-v1"
+    kohya_version = "sd_v1"
     pipeline = "StableDiffusionPipeline"
     pipeline_options = MappingProxyType(
         {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

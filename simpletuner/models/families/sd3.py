@@ -84,6 +84,7 @@ class SD3(Family):
     name = "sd3"
     title = "Stable Diffusion 3 and 3.5"
     architecture = "stable-diffusion-3"
+    kohya_version = "sd3"
     pipeline = "StableDiffusion3Pipeline"
     flavours = MappingProxyType(
         {

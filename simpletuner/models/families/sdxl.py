@@ -41,6 +41,7 @@ class SDXL(Family):
     name = "sdxl"
     title = "Stable Diffusion XL"
     architecture = "stable-diffusion-xl-v1-base"
+    kohya_version = "sdxl_base_v1-0"
     pipeline = "StableDiffusionXLPipeline"
     flavours = MappingProxyType(
         {

@@ -66,8 +66,45 @@ def test_a_run_without_an_instance_prompt_has_no_trigger_phrase(
     assert run.train(max_train_steps=1, validation_seed=0, lora_alpha=6) == 0
     facts = header(run.out / "pytorch_lora_weights.safetensors")
     assert "modelspec.trigger_phrase" not in facts
+    assert "modelspec.comment" not in facts
     settings = resolved(run)["settings"]
     assert (settings["validation_seed"], settings["lora_alpha"]) == (0, 6)
+
+
+def test_the_header_has_what_other_programs_show(done: Run) -> None:
+    facts = header(done.out / "pytorch_lora_weights.safetensors")
+    assert facts["modelspec.title"] == facts["ss_output_name"] == "out"
+    assert facts["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert (facts["ss_network_dim"], facts["ss_network_alpha"]) == ("4", "4")
+    assert (facts["ss_steps"], facts["ss_epoch"], facts["ss_seed"]) == ("1", "1", "7")
+    assert facts["ss_learning_rate"] == "0.001"
+    buckets = json.loads(facts["ss_bucket_info"])["buckets"].values()
+    assert sum(each["count"] for each in buckets) == int(facts["ss_num_train_images"]) == 10
+    width, height = map(int, facts["modelspec.resolution"].split("x"))
+    assert [width, height] in [each["resolution"] for each in buckets]
+
+
+def test_words_of_the_captions_stay_out_where_they_are_unwanted(
+    tmp_path: Path, tiny_sdxl: Path
+) -> None:
+    run = Run(tmp_path, tiny_sdxl)
+    tags = ["kitten, red", "kitten, blue", "kitten, red, a sentence of one picture"]
+    for number, picture in enumerate(sorted(run.pictures.glob("*.png"))):
+        picture.with_suffix(".txt").write_text(tags[number % 3] if number < 3 else "kitten")
+    run.dataset["caption_strategy"] = "textfile"
+    run.settings |= {"peft_lora_target_modules": ["to_q"], "validation_disable": True}
+    told = {"modelspec_comment": "a note", "max_train_steps": 1}
+    file = run.out / "pytorch_lora_weights.safetensors"
+
+    assert run.train(**told) == 0
+    facts = header(file)
+    assert json.loads(facts["ss_tag_frequency"]) == {"pictures": {"kitten": 8, "red": 2}}
+    assert facts["modelspec.comment"] == facts["ss_training_comment"] == "a note"
+
+    again = {**told, "resume_from_checkpoint": "none", "ss_tag_frequency": False}
+    assert run.train(**again) == 0
+    assert "ss_tag_frequency" not in header(file)
+    assert "kitten" not in json.dumps(header(file))
 
 
 def test_resolved_settings_are_complete_and_filled_in(done: Run, tiny_sdxl: Path) -> None:
