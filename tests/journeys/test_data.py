@@ -198,7 +198,7 @@ def test_a_preview_that_cannot_be_made_says_why(run: Run, capsys: Captured) -> N
     assert ended.value.code == 2
     assert "must be a number of pictures, 1 or more" in capsys.readouterr().err
     (run.root / "file").write_text("")
-    for name, says in (("pictures", "is not a .png"), ("file/look.png", "name another file with")):
+    for name, says in (("pictures", "is not a .png"), ("file/look.png", "is a file: move it")):
         assert data(run, "preview", "--count", "1", "--out", str(run.root / name)) == 3
         assert says in capsys.readouterr().err
 
