@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.folder import trained_groups, verify_folder, write_folder
-from simpletuner.models.control import PART
+from simpletuner.models.control import PART, open_beside
 from simpletuner.models.loading import controlnet_folder
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Co
         ConfigError: The model takes none, or not this one.
         ModelError: It is not there, or cannot be read.
     """
-    net = family.open_control(*_named(settings))
+    net = open_beside(family, *_named(settings))
     denoiser.requires_grad_(False)
     unused = family.unused(net)
     for name, parameter in net.named_parameters():

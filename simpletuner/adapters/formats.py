@@ -20,7 +20,7 @@ from torch import Tensor
 from simpletuner.adapters.export import adapter_metadata, write_lora
 from simpletuner.core.errors import ConfigError, ModelError
 from simpletuner.core.tensors import read_tensors, write_tensors
-from simpletuner.models.original import OriginalNames, Place
+from simpletuner.models.original import OriginalNames, Place, swapped
 
 if TYPE_CHECKING:
     from simpletuner.models.family import Family
@@ -172,7 +172,7 @@ def _parts(change: Change, held: list[tuple[str, Place]]) -> Iterator[tuple[str,
         up = change.up[rows]
         size = None if change.magnitude is None else change.magnitude[rows]
         if place.swaps(len(up), change.down.shape[1]):
-            up, size = _swapped(up), None if size is None else _swapped(size)
+            up, size = swapped(up), None if size is None else swapped(size)
         used = up.flatten(2).abs().sum((0, 2)) > 0 if up.ndim > 2 else up.abs().sum(0) > 0
         if len(place.shares) == 1 or bool(used.all()):
             yield module, Change(change.down, up, change.alpha, size)
@@ -180,11 +180,6 @@ def _parts(change: Change, held: list[tuple[str, Place]]) -> Iterator[tuple[str,
             rank = int(used.sum())
             alpha = change.alpha * rank / change.rank
             yield module, Change(change.down[used], up[:, used], alpha, size)
-
-
-def _swapped(values: Tensor) -> Tensor:
-    first, second = values.chunk(2)
-    return torch.cat((second, first))
 
 
 def _strange(path: Path, key: str, family: type[Family]) -> ModelError:
@@ -258,8 +253,8 @@ def _named(
                 fix="keep the diffusers layout, or train without this module",
             )
         if place.swaps(len(change.up), change.down.shape[1]):
-            size = None if change.magnitude is None else _swapped(change.magnitude)
-            change = replace(change, up=_swapped(change.up), magnitude=size)
+            size = None if change.magnitude is None else swapped(change.magnitude)
+            change = replace(change, up=swapped(change.up), magnitude=size)
         together[place.module][place.part] = change
         places[place.module] = place
     return {module: _one(module, held, places[module].shares) for module, held in together.items()}

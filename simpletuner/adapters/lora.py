@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from simpletuner.adapters import export as export_files
 from simpletuner.adapters.formats import read_changes, write_changes
 from simpletuner.adapters.method import Verified
-from simpletuner.adapters.start import STARTS, start
+from simpletuner.adapters.settings import STARTS
+from simpletuner.adapters.start import start
 from simpletuner.core.errors import ConfigError, TrainingError
 from simpletuner.core.tensors import read_tensors
 from simpletuner.core.types import ParamGroup
@@ -218,7 +219,7 @@ class LoRA:
         if self.layout == "diffusers":
             return [path]
         other = path.with_name(f"{path.stem}.{self.layout}.safetensors")
-        names = self.family.names_of(self.denoiser.config)  # type: ignore[arg-type]
+        names = self.family.names_of(self.denoiser)
         changes = read_changes(path, self.family, names)
         write_changes(other, changes, self.layout, self.family, metadata, names)
         return [path, other]
@@ -230,7 +231,7 @@ class LoRA:
             ConfigError: There is no such file, or its modules, rank, alpha or kind are not these.
             ModelError: It cannot be read, or is not a LoRA of this denoiser.
         """
-        names = family.names_of(self.denoiser.config)  # type: ignore[arg-type]
+        names = family.names_of(self.denoiser)
         changes, ours = read_changes(path, family, names), self.layers()
         strange = sorted(set(changes) ^ set(ours))
         what = f"{len(strange)} modules differ, for example {strange[0]}" if strange else None

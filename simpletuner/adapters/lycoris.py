@@ -172,7 +172,7 @@ class Lycoris:
 
     @property
     def _names(self) -> OriginalNames:
-        return self.family.names_of(self.denoiser.config)  # type: ignore[arg-type]
+        return self.family.names_of(self.denoiser)
 
     def _tensors(self) -> dict[str, Tensor]:
         state = self.network.state_dict()

@@ -39,7 +39,7 @@ def fuse(denoiser: nn.Module, name: str, family: Family) -> None:
     """
     path = lora_file(name)
     modules = dict(denoiser.named_modules())
-    changes = read_changes(path, type(family))
+    changes = read_changes(path, type(family), family.names_of(denoiser))
     for place, change in changes.items():
         weight = getattr(modules.get(place), "weight", None)
         delta = change.delta()

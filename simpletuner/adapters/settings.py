@@ -21,6 +21,9 @@ FluxTarget = Literal[
     "controlnet",
 ]
 
+STARTS = ("pissa", "olora")
+"""The values of lora_init_type that begin from the base's weights."""
+
 
 class AdapterSettings(Section):
     """What is trained."""

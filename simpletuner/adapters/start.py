@@ -14,9 +14,6 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-STARTS = ("pissa", "olora")
-"""The values of lora_init_type that this file knows."""
-
 
 def factors(weight: Tensor, rank: int, kind: str) -> tuple[Tensor, Tensor]:
     """A0 [rank, in] and B0 [out, rank], whose product is the part of `weight` that is trained.

@@ -11,7 +11,7 @@ from simpletuner.config.objective_checks import OF_THE_OBJECTIVE
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.config.read import SECRET, looks_secret
 from simpletuner.core.errors import ConfigError, Problem, did_you_mean
-from simpletuner.models.families import FAMILIES
+from simpletuner.models.families import FAMILIES, predicted_by
 from simpletuner.precision.quantisers import QUANTISERS, quantised_in
 from simpletuner.validation.prompts import Prompts
 from simpletuner.validation.settings import ValidationSettings
@@ -44,7 +44,7 @@ def flavour_of_family(run: Proposal) -> Iterator[Problem]:
 def prediction_of_family(run: Proposal) -> Iterator[Problem]:
     """A family is trained to predict what it can."""
     family, chosen = run.values.get("model_family", ""), run.says("prediction_type")
-    known = FAMILIES[family].fact("prediction_types", ()) if family in FAMILIES else ()
+    known = predicted_by(family)
     if chosen and known and chosen not in known:
         yield run.problem(
             "prediction_type",

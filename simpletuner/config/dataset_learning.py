@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from simpletuner.config.conditioning import uncontrolled, unfit
-from simpletuner.config.objective_checks import FLOW_LAWS
-from simpletuner.models.families import FAMILIES
+from simpletuner.models.families import predicted_by
 
 if TYPE_CHECKING:
     from simpletuner.config.datasets import DatasetsFile, Surroundings
@@ -39,14 +38,11 @@ def check_learning(found: DatasetsFile, around: Surroundings) -> None:
 
 def _check_offsets(found: DatasetsFile, around: Surroundings) -> None:
     """Noise levels are moved only where they are drawn by the law that can be moved."""
-    family = around.model_family
-    known = FAMILIES[family].fact("prediction_types", ()) if family in FAMILIES else ()
-    said = {key: str(given.value).lower() for key, given in around.given.items()}
-    by = [key for key in FLOW_LAWS if said.get(key, "false") not in ("", "false", "none")]
+    family, known = around.model_family, predicted_by(around.model_family)
     if known and "flow_matching" not in known:
         why = f"{family} is not trained by flow matching, so it changes nothing; remove it"
-    elif by:
-        why = f"{by[0]} says which noise levels are drawn, so this changes nothing; remove it"
+    elif (law := around.flow_law) is not None:
+        why = f"{law} says which noise levels are drawn, so this changes nothing; remove it"
     else:
         return
     found.problems += [

@@ -77,6 +77,7 @@ class Surroundings:
         given: What the user wrote in the settings, by key.
         model_family: Of the run; empty while it is not known.
         trains: What the run trains: lora, full, or controlnet.
+        flow_law: The setting whose law noise levels are drawn by; None for the logit-normal.
         output_dir: Of the run.
         environ: The environment variables.
         cwd: What relative paths start from.
@@ -89,6 +90,7 @@ class Surroundings:
     given: Mapping[str, Given]
     model_family: str
     trains: str
+    flow_law: str | None
     output_dir: Path
     environ: Mapping[str, str]
     cwd: Path

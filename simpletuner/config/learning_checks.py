@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from simpletuner.adapters.export import lora_file
 from simpletuner.adapters.lycoris_settings import LycorisConfig
+from simpletuner.adapters.settings import STARTS
 from simpletuner.config.flat import SETTINGS, problems_inside
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.core.errors import ConfigError, Problem
@@ -130,7 +131,7 @@ def whole_matrices_over_quantised(run: Proposal) -> Iterator[Problem]:
 def starts_from_the_base(run: Proposal) -> Iterator[Problem]:
     """An adapter that begins as a part of the base's weights needs these whole, and itself new."""
     kind = run.values["lora_init_type"]
-    if kind not in ("pissa", "olora"):
+    if kind not in STARTS:
         return
     for key, why in (
         ("init_lora", "goes on from a file, so there is nothing to begin"),

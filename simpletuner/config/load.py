@@ -33,6 +33,7 @@ from simpletuner.config.unsupported import UNSUPPORTED
 from simpletuner.core.errors import ConfigError, Problem
 from simpletuner.core.section import Section
 from simpletuner.data.settings import Datasets, DataSettings
+from simpletuner.diffusion.needs import flow_law
 from simpletuner.precision.quantisers import QUANTISERS, quantised_in
 from simpletuner.runtime.machine import device_kind
 
@@ -211,12 +212,14 @@ class _Loading:
         if path is None:
             return None, None
         data, cache, adapter = built["data"], built["cache"], built["adapter"]
+        diffusion = built["diffusion"]
         around = Surroundings(
             data=data if isinstance(data, DataSettings) else DataSettings(),
             cache=cache if isinstance(cache, CacheSettings) else CacheSettings(),
             given=given,
             model_family=str(values.get("model_family", "")),
             trains=adapter.trains if isinstance(adapter, AdapterSettings) else "lora",
+            flow_law=None if diffusion is None else flow_law(dict(diffusion)),
             output_dir=output_dir,
             environ=self.environ,
             cwd=self.cwd,

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from simpletuner.config.flat import SETTINGS
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.core.errors import Problem
-from simpletuner.diffusion.needs import idle
-from simpletuner.models.families import FAMILIES
+from simpletuner.diffusion.needs import idle, overruled
+from simpletuner.models.families import predicted_by
 
 
 def flow_of_family(run: Proposal) -> Iterator[Problem]:
     """Settings of flow matching are asked of a family that is trained by it."""
     family = run.values.get("model_family", "")
-    known = FAMILIES[family].fact("prediction_types", ()) if family in FAMILIES else ()
+    known = predicted_by(family)
     if not known or "flow_matching" in known:
         return
     for key in run.given:
@@ -27,7 +27,7 @@ def flow_of_family(run: Proposal) -> Iterator[Problem]:
 def noise_of_family(run: Proposal) -> Iterator[Problem]:
     """What belongs to the noise of epsilon and v models is not asked of one of flow matching."""
     family = run.values.get("model_family", "")
-    known = FAMILIES[family].fact("prediction_types", ()) if family in FAMILIES else ()
+    known = predicted_by(family)
     if set(known) != {"flow_matching"}:
         return
     for key, instead in (
@@ -51,16 +51,6 @@ def one_min_snr(run: Proposal) -> Iterator[Problem]:
             "snr_gamma",
             "use_soft_min_snr takes its cap from soft_min_snr_sigma_data; remove one of the two",
         )
-
-
-FLOW_LAWS = (
-    "flux_fast_schedule",
-    "flow_custom_timesteps",
-    "flow_cubic_schedule_weights",
-    "flow_use_beta_schedule",
-    "flow_use_uniform_schedule",
-)
-"""What takes the place of the logit-normal law of noise levels; the first two are not shifted."""
 
 
 def min_snr_of_flow(run: Proposal) -> Iterator[Problem]:
@@ -103,17 +93,7 @@ def rollout_happens(run: Proposal) -> Iterator[Problem]:
 
 def flow_settings_agree(run: Proposal) -> Iterator[Problem]:
     """No setting of flow matching makes another one useless."""
-    chosen = [key for key in FLOW_LAWS if run.values[key]]
-    said = [(key, chosen[0], "says which noise levels are drawn") for key in chosen[1:]]
-    if chosen:
-        said.append(("flow_sigmoid_scale", chosen[0], "says which noise levels are drawn"))
-    if chosen and chosen[0] in FLOW_LAWS[:2]:
-        shifts = ("flow_schedule_shift", "flow_schedule_auto_shift")
-        said += [(key, chosen[0], "is not shifted") for key in shifts]
-    elif run.values["flow_schedule_auto_shift"]:
-        shift = ("flow_schedule_shift", "flow_schedule_auto_shift", "takes the shift from the size")
-        said.append(shift)
-    for key, by, why in said:
+    for key, by, why in overruled(run.values):
         if run.asks(key):
             yield run.problem(key, f"{by} {why}, so this changes nothing; remove one of the two")
 

@@ -58,6 +58,14 @@ class Pictures(Protocol):
         """Keep why some cannot be decoded, by path."""
 
 
+def asked_for(pictures: Pictures, drawn: Sample | int) -> tuple[str, str, Geometry]:
+    """The path, the content's digest and the geometry of a draw, or of a row as it is cached."""
+    if isinstance(drawn, Sample):
+        return drawn.path, drawn.id, drawn.geometry
+    content = bytes(pictures.content[drawn]).hex()
+    return pictures.path(drawn), content, pictures.geometry(drawn)
+
+
 class ControlPictures:
     """The control pictures of the n pictures of a dataset; implements Pictures.
 
@@ -113,11 +121,7 @@ class ControlPictures:
             PictureError: The file cannot be read or decoded.
             DataError: It is not the file that was indexed.
         """
-        if isinstance(drawn, Sample):
-            path, content, geometry = drawn.path, drawn.id, drawn.geometry
-        else:
-            path, content = self.path(drawn), bytes(self.content[drawn]).hex()
-            geometry = self.geometry(drawn)
+        path, content, geometry = asked_for(self, drawn)
         return render_beside(self._paired.opened(path, content), geometry)
 
     def picture(self, row: int) -> Image.Image:

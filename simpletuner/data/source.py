@@ -22,7 +22,7 @@ from simpletuner.data.caption_edits import PLACEHOLDER
 from simpletuner.data.caption_settings import DatasetCaptionSettings
 from simpletuner.data.choice import choose
 from simpletuner.data.columns import bytes16, keys_of, sizes_of
-from simpletuner.data.control import ControlPictures
+from simpletuner.data.control import ControlPictures, asked_for
 from simpletuner.data.excluded import Excluded, listed, pictures
 from simpletuner.data.files import open_files
 from simpletuner.data.index import Index, marked
@@ -350,11 +350,7 @@ class DataSource:
             PictureError: The file cannot be read or decoded.
             DataError: It is not the file that was indexed.
         """
-        if isinstance(drawn, Sample):
-            path, geometry, content = drawn.path, drawn.geometry, drawn.id
-        else:
-            path, geometry = self.path(drawn), self.geometry(drawn)
-            content = bytes(self.content[drawn]).hex()
+        path, content, geometry = asked_for(self, drawn)
         picture = self._decoded(path, content)
         try:
             return render(picture, geometry)

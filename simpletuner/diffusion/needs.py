@@ -1,4 +1,4 @@
-"""Which settings of the objective only say how something is done that another one asks for."""
+"""Which settings of the objective change nothing beside others: what they need, what overrules."""
 
 from __future__ import annotations
 
@@ -114,3 +114,36 @@ def idle(values: Values) -> Iterator[tuple[str, str]]:
     for need in NEEDS:
         if not need.holds(values):
             yield from ((key, need.what) for key in need.keys)
+
+
+FLOW_LAWS = (
+    "flux_fast_schedule",
+    "flow_custom_timesteps",
+    "flow_cubic_schedule_weights",
+    "flow_use_beta_schedule",
+    "flow_use_uniform_schedule",
+)
+"""What takes the place of the logit-normal law of noise levels; the first two are not shifted."""
+
+
+def flow_law(values: Values) -> str | None:
+    """The setting whose law noise levels are drawn by; None for the logit-normal."""
+    return next((key for key in FLOW_LAWS if values[key]), None)
+
+
+def overruled(values: Values) -> Iterator[tuple[str, str, str]]:
+    """Settings of flow matching that another makes useless, that other one, and why.
+
+    Args:
+        values: As above.
+    """
+    law = flow_law(values)
+    if law is not None:
+        others = (key for key in FLOW_LAWS if values[key] and key != law)
+        for key in (*others, "flow_sigmoid_scale"):
+            yield key, law, "says which noise levels are drawn"
+    if law in FLOW_LAWS[:2]:
+        for key in ("flow_schedule_shift", "flow_schedule_auto_shift"):
+            yield key, str(law), "is not shifted"
+    elif values["flow_schedule_auto_shift"]:
+        yield "flow_schedule_shift", "flow_schedule_auto_shift", "takes the shift from the size"

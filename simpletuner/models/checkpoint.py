@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +98,7 @@ class Checkpoint:
         texts = [part for part in self._text_models if options.get(part, part) is not None]
         if any(self._in_file(part) for part in texts):
             for part in (each for each in texts if not self._in_file(each)):
-                options[part] = self._read(part, lambda p=part: self._open_text(p, dtype))  # type: ignore[misc]
+                options[part] = self._read(part, partial(self._open_text, part, dtype))
             file, configs = str(self.file), str(self.folder)
             return self._read(name, lambda: cls.from_single_file(file, config=configs, **options))
         options |= {"variant": self.variant, "use_safetensors": True}

@@ -18,6 +18,8 @@ from simpletuner.core.files import read_json
 if TYPE_CHECKING:
     from torch import nn
 
+    from simpletuner.models.family import Family
+
 PART = "controlnet"
 """The net's component name in the stock pipelines, and its folder's name."""
 
@@ -48,7 +50,7 @@ class ControlNet:
     pipeline: str
     argument: str
     picture: Literal["pixels", "latents"]
-    begin: Callable[[nn.Module, int], nn.Module]
+    begin: Callable[[nn.Module, int], Any]
     shared: Sequence[str]
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -109,10 +111,26 @@ def net_folder(name: str) -> Path | None:
     return next((p for p in (path, path / PART) if (p / "config.json").is_file()), None)
 
 
-def begin_control(kind: ControlNet, base: nn.Module, halvings: int) -> nn.Module:
-    """A new net beside the denoiser `base`, whose config it may change; it names no folder."""
-    net = kind.begin(base, halvings)
-    net.register_to_config(_name_or_path="")
+def open_beside(family: Family, folder: Path | None = None, label: str = "") -> nn.Module:
+    """A ControlNet of `family` in fp32 on the CPU: a new one, or the one in `folder`.
+
+    Args:
+        folder: As for `Family.check_control`.
+        label: Likewise.
+
+    Raises:
+        ConfigError: The model takes none, or not this one.
+        ModelError: It cannot be read.
+    """
+    import torch
+
+    kind = family.check_control(folder, label)
+    if folder is not None:
+        return open_control(kind, folder, label)
+    # read anew in fp32: the live denoiser may be in fewer bits, and `begin` may change its config
+    base = family.checkpoint.open_part(family.denoiser, torch.float32)
+    net = kind.begin(base, family.halvings)
+    net.register_to_config(_name_or_path="")  # it names no folder
     return net
 
 

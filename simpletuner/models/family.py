@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from simpletuner.core.errors import ConfigError
 from simpletuner.core.files import content_digest
@@ -114,9 +114,9 @@ class Family(ABC):
         return next(iter(cls.flavours))
 
     @classmethod
-    def names_of(cls, config: Mapping[str, Any]) -> OriginalNames:
-        """The original names of the modules of a denoiser with this config."""
-        found = cls.single_file[cls.denoiser].names
+    def names_of(cls, denoiser: nn.Module) -> OriginalNames:
+        """The original names of the modules of this denoiser, which may be of an unusual shape."""
+        found, config = cls.single_file[cls.denoiser].names, cast("Any", denoiser.config)
         return found(config) if found else cls.original
 
     @property
@@ -189,10 +189,14 @@ class Family(ABC):
         return self.checkpoint.config(self.denoiser)
 
     @property
+    def halvings(self) -> int:
+        """How often the VAE halves a picture's edges."""
+        return len(self.checkpoint.config("vae")["block_out_channels"]) - 1
+
+    @property
     def latent_shape(self) -> tuple[int, int]:
         """The channels of a latent, and how many px along an edge one of its cells stands for."""
-        config = self.checkpoint.config("vae")
-        return int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
+        return int(self.checkpoint.config("vae")["latent_channels"]), 2**self.halvings
 
     @property
     @abstractmethod
@@ -216,33 +220,8 @@ class Family(ABC):
             )
         if folder is not None:
             base = self.checkpoint.config(self.denoiser)
-            control.check_fits(self.control, folder, base, self._halvings, label)
+            control.check_fits(self.control, folder, base, self.halvings, label)
         return self.control
-
-    def open_control(self, folder: Path | None = None, label: str = "") -> nn.Module:
-        """A ControlNet in fp32 on the CPU: a new one, or the one in `folder`.
-
-        Args:
-            folder: As for `check_control`.
-            label: Likewise.
-
-        Raises:
-            ConfigError: This model takes none, or not this one.
-            ModelError: It cannot be read.
-        """
-        import torch
-
-        kind = self.check_control(folder, label)
-        if folder is not None:
-            return control.open_control(kind, folder, label)
-        # read anew in fp32: the live denoiser may be in fewer bits
-        base = self.checkpoint.open_part(self.denoiser, torch.float32)
-        return control.begin_control(kind, base, self._halvings)
-
-    @property
-    def _halvings(self) -> int:
-        """How often the VAE halves a picture's edges."""
-        return len(self.checkpoint.config("vae")["block_out_channels"]) - 1
 
     def open_sampler(
         self, denoiser: nn.Module, vae: nn.Module, net: nn.Module | None = None

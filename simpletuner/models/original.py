@@ -11,7 +11,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -280,3 +283,11 @@ def _open_clip() -> Iterator[tuple[str, Place]]:
         yield f"{layer}.{name}", Place(f"{there}.{named}")
     yield "text_model.final_layer_norm", Place("ln_final")
     yield "text_projection", Place("text_projection", leaves=alone, transposed=True)
+
+
+def swapped(values: Tensor) -> Tensor:
+    """The second half of the rows before the first: shift and scale, the other way round."""
+    import torch
+
+    first, second = values.chunk(2)
+    return torch.cat((second, first))

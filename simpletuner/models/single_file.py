@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.errors import ModelError
 from simpletuner.core.tensors import write_tensors
-from simpletuner.models.original import OriginalNames, Place
+from simpletuner.models.original import OriginalNames, Place, swapped
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,7 +70,7 @@ def to_original(weights: Weights, names: OriginalNames) -> dict[str, Tensor]:
                 fix="keep the diffusers layout",
             )
         if _swaps(place, weights.get(f"{module}.weight")):
-            tensor = _swapped(tensor)
+            tensor = swapped(tensor)
         if place.kernel and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]
         named = dict(place.leaves).get(leaf, leaf)
@@ -100,7 +100,7 @@ def from_original(weights: Weights, names: OriginalNames) -> dict[str, Tensor]:
                 if place.kernel and value.ndim == 4:
                     value = value[:, :, 0, 0]
                 if _swaps(place, weights.get(f"{place.module}.weight")):
-                    value = _swapped(value)
+                    value = swapped(value)
                 found[f"{ours}.{named.get(leaf, leaf)}"] = value
     return found
 
@@ -112,13 +112,6 @@ def _split(key: str) -> tuple[str, str]:
 
 def _swaps(place: Place, weight: Tensor | None) -> bool:
     return weight is not None and place.swaps(len(weight), weight.shape[-1])
-
-
-def _swapped(tensor: Tensor) -> Tensor:
-    import torch
-
-    first, second = tensor.chunk(2)
-    return torch.cat((second, first))
 
 
 def write_single_file(
@@ -161,7 +154,9 @@ def write_single_file(
     with safe_open(path, "pt") as handle:
         keys = list(handle.keys())
         for prefix, table in tables.items():
-            held = {k.removeprefix(prefix): handle.get_tensor(k) for k in keys if _of(k, prefix)}
+            held = {
+                k.removeprefix(prefix): handle.get_tensor(k) for k in keys if k.startswith(prefix)
+            }
             back = held if table is None else from_original(held, table)
             wrong = sorted(back.keys() ^ wanted[prefix].keys()) or [
                 name
@@ -182,10 +177,6 @@ def _config(module: nn.Module) -> Mapping[str, Any]:
     config: Any = module.config
     told: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else config
     return told
-
-
-def _of(key: str, prefix: str) -> bool:
-    return key.startswith(prefix)
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:

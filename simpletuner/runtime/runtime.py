@@ -39,14 +39,14 @@ class Runtime:
                 f"a launcher started {started} processes, but training by several is not built",
                 fix="start one process: bash train.sh, or simpletuner train",
             )
-        _quieten_libraries()
+        quieten_libraries()
         state = PartialState()
         if state.device.type == "cpu":
             keep_freed_memory()
         return cls(Place(state.device, dtype, state.process_index, state.num_processes))
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Progress and notices are the console's business: the libraries' own bars would tear it."""
     import os
     import warnings

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simpletuner.adapters.method import attach
-from simpletuner.adapters.start import STARTS
+from simpletuner.adapters.settings import STARTS
+from simpletuner.cache.controls import encoded_beside
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Batch, Geometry, ParamGroup, Place, Sample
 from simpletuner.diffusion.objective import objective_of
@@ -154,13 +155,19 @@ def _fused_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = stock
 
 
-def estimate(config: Config, family: Family, sources: Sequence[DataSource]) -> Estimate:
+def estimate(
+    config: Config,
+    family: Family,
+    sources: Sequence[DataSource],
+    beside: Sequence[DataSource] = (),
+) -> Estimate:
     """What the run of `config` needs.
 
     Args:
         config: The settings.
         family: With a checkpoint whose configs are here.
-        sources: What is trained on, first.
+        sources: What is trained on.
+        beside: What is only cached: sets to measure by.
     """
     dtype = run_dtype(config.precision)
     held = held_in(config)
@@ -196,7 +203,7 @@ def estimate(config: Config, family: Family, sources: Sequence[DataSource]) -> E
         average=count * 4 if config.adapter.use_ema else 0,
         average_on_device=config.adapter.ema_device == "accelerator",
         activations=activations,
-        cache=cache_bytes(family, sources, dtype),
+        cache=cache_bytes(family, [*sources, *beside], dtype),
         width=width,
         height=height,
         batch=batch,
@@ -299,7 +306,8 @@ def _state_bytes(
 def cache_bytes(family: Family, sources: Sequence[DataSource], dtype: torch.dtype) -> int:
     """Latents of every picture and the conditioning of every caption, without the files' heads."""
     channels, factor = family.latent_shape
-    cells = sum(int((source.buckets // factor).prod(1).sum()) for source in sources)
+    pictures = [*sources, *encoded_beside(family, sources)]
+    cells = sum(int((each.buckets // factor).prod(1).sum()) for each in pictures)
     captions = set[str]().union(*(source.all_captions() for source in sources)) | {""}
     each = sum(
         torch.Size(shape).numel() * (1 if name.endswith("_mask") else dtype.itemsize)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from simpletuner.adapters.export import lora_file
-from simpletuner.adapters.start import STARTS
+from simpletuner.adapters.settings import STARTS
 from simpletuner.core.errors import DataError, TrainingError
 from simpletuner.core.files import sha256_file
 from simpletuner.core.section import hint_of
-from simpletuner.diffusion.needs import idle
+from simpletuner.diffusion.needs import idle, overruled
 from simpletuner.optim.build import options_of
 from simpletuner.optim.schedules import SCHEDULES
 from simpletuner.training.state import TrainState
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from simpletuner.core.types import Place
     from simpletuner.data.plan import BatchPlan
     from simpletuner.data.source import DataSource
-    from simpletuner.diffusion.settings import DiffusionSettings
     from simpletuner.models.family import Family
     from simpletuner.optim.settings import OptimizerSettings
 
@@ -170,31 +169,17 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
     if precision.mixed_precision != "no":
         found["base_model_default_dtype"] = precision.base_model_default_dtype
     diffusion, flow = config.diffusion, family.prediction_type == "flow_matching"
-    unused = {name for name, _ in idle(dict(diffusion))} | _overruled(diffusion)
+    values = dict(diffusion)
+    unused = {name for name, _ in idle(values)} | {name for name, *_ in overruled(values)}
+    if diffusion.use_soft_min_snr:
+        unused.add("snr_gamma")
     if "flux_fast_schedule" not in family.own_settings:
         unused.add("flux_fast_schedule")
     for name, field in type(diffusion).model_fields.items():
         of_flow = name.startswith("flow_")
         if hint_of(field).pending is not True and (flow or not of_flow) and name not in unused:
-            found[name] = dict(diffusion)[name]
+            found[name] = values[name]
     return _plain(found)
-
-
-def _overruled(diffusion: DiffusionSettings) -> set[str]:
-    """What another setting of the objective takes the place of."""
-    by_a_law = (
-        diffusion.flow_levels
-        or diffusion.flow_cubic_schedule_weights
-        or diffusion.flow_use_beta_schedule
-        or diffusion.flow_use_uniform_schedule
-    )
-    overruled = {
-        "snr_gamma": diffusion.use_soft_min_snr,
-        "flow_sigmoid_scale": by_a_law,
-        "flow_schedule_shift": diffusion.flow_schedule_auto_shift or diffusion.flow_levels,
-        "flow_schedule_auto_shift": diffusion.flow_levels,
-    }
-    return {name for name, by in overruled.items() if by}
 
 
 def _optimizer_settings(optimizer: OptimizerSettings, total_steps: int) -> dict[str, Any]:

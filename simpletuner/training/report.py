@@ -161,11 +161,6 @@ class Report:
             RunFinished(step=state.step, weights=file, verified=str(verified), lines=lines)
         )
 
-    @property
-    def _whole(self) -> bool:
-        """The result holds all of the denoiser, a fused LoRA too."""
-        return self._config.adapter.trains == "full"
-
     def _write_facts(self) -> None:
         with self._folder.writing(self._folder.run.name):
             write_json(self._folder.run, self._facts)
@@ -177,7 +172,8 @@ class Report:
             checkpoint.folder if embedded_folder(named) else named
         )  # diffusers knows no such name
         lines = self._trainable.usage(str(base), self._folder.root)
-        if (preset := self._config.adapter.preset_lora_path) and not self._whole:
+        adapter = self._config.adapter
+        if (preset := adapter.preset_lora_path) and adapter.trains != "full":  # which holds it
             place = next(i for i, line in enumerate(lines) if line.startswith("pipe = ")) + 1
             file = lora_file(preset)
             lines[place:place] = [

@@ -391,14 +391,15 @@ def test_the_change_is_the_same_through_every_layout_and_back_into_an_adapter(
     tiny: Tiny, alpha: float, tmp_path: Path
 ) -> None:
     lora, family = tiny.adapted(tiny.family.open_denoiser(CPU), alpha), type(tiny.family)
+    names = family.names_of(lora.denoiser)
     (first,) = lora.export(tmp_path, {})
     wanted = read_changes(first, family)
     assert set(wanted) == set(lora.layers())
     changes = wanted
     for layout in (*FORMATS, *reversed(FORMATS)):
         file = tmp_path / f"{layout}.safetensors"
-        write_changes(file, changes, layout, family, {})
-        changes = read_changes(file, family)
+        write_changes(file, changes, layout, family, {}, names)
+        changes = read_changes(file, family, names)
         assert set(changes) == set(wanted)
         for name, change in changes.items():
             torch.testing.assert_close(change.delta(), wanted[name].delta(), atol=1e-6, rtol=1e-5)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from simpletuner.adapters.formats import read_changes
@@ -100,8 +100,8 @@ def test_a_run_writes_the_layout_it_is_asked_for_beside_its_own(
     assert other.is_file()
     assert (run.out / "checkpoint-2" / other.name).is_file()
     family = FAMILIES["sdxl"].load()
-    config = json.loads((tiny_sdxl / "unet/config.json").read_text())
-    names = family.names_of(config)  # of two narrow blocks, not of the real three
+    unet = UNet2DConditionModel.from_pretrained(tiny_sdxl / "unet")
+    names = family.names_of(unet)  # of two narrow blocks, not of the real three
     first = read_changes(run.out / "pytorch_lora_weights.safetensors", family)
     second = read_changes(other, family, names)
     assert first.keys() == second.keys()

@@ -36,6 +36,18 @@ def test_a_fused_lora_is_the_model_with_it(
     torch.testing.assert_close(forward(base), forward(lora.denoiser), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["comfyui", "kohya"])
+def test_a_layout_of_other_tools_is_read_by_the_names_of_the_denoiser_at_hand(
+    tiny_sdxl: Path, tmp_path: Path, layout: str
+) -> None:
+    """The tiny UNet's two narrow blocks have other original names than SDXL's three."""
+    lora = trained(lora_on(tiny_sdxl, lora_format=layout))
+    _, other = lora.export(tmp_path, {"base_model": "tiny"})
+    base = UNet2DConditionModel.from_pretrained(tiny_sdxl / "unet")
+    fuse(base, str(other), open_tiny(tiny_sdxl))
+    torch.testing.assert_close(forward(base), forward(lora.denoiser), atol=1e-5, rtol=1e-5)
+
+
 def test_a_lora_of_another_size_is_not_fused(tiny_sdxl: Path, tmp_path: Path) -> None:
     path = exported(trained(lora_on(tiny_sdxl)), tmp_path)
     state = {n: t[..., :-1] if "lora_A" in n else t for n, t in load_file(path).items()}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from simpletuner.adapters.method import METHODS
-from simpletuner.adapters.start import STARTS
+from simpletuner.adapters.settings import STARTS
 from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.optim.schedules import SCHEDULES
 from tests.resume_table import (

@@ -43,12 +43,11 @@ def run(arguments: Sequence[str]) -> int:
     from simpletuner.core.events import Bus
     from simpletuner.data.opening import open_sources
     from simpletuner.models.loading import open_family
-    from simpletuner.precision.dtypes import run_dtype
-    from simpletuner.runtime.runtime import Runtime
+    from simpletuner.runtime.runtime import quieten_libraries
     from simpletuner.training.estimate import estimate
 
     config = loaded.config
-    Runtime.start(run_dtype(config.precision))  # the libraries' notices are not the user's
+    quieten_libraries()
     root = config.cache.root(Path(config.runtime.output_dir))
     sources = open_sources(
         loaded.datasets,
@@ -57,7 +56,8 @@ def run(arguments: Sequence[str]) -> int:
         bus=Bus(),
     )
     family = open_family(config.model, digests=root / "digests.json")
-    found = estimate(config, family, sources[: len(loaded.datasets.training)])
+    drawn = len(loaded.datasets.training)
+    found = estimate(config, family, sources[:drawn], sources[drawn:])
     if options.json:
         print_json({**asdict(found), "device": found.device})
     else:

@@ -67,6 +67,7 @@ def _is_part(folder: Path) -> bool:
 
 
 def _export_full(weights: Path, asked: argparse.Namespace) -> int:
+    from torch import nn
 
     from simpletuner.core.tensors import header
     from simpletuner.models.single_file import write_single_file
@@ -87,7 +88,8 @@ def _export_full(weights: Path, asked: argparse.Namespace) -> int:
         return 0
     modules: dict[str, nn.Module] = {family.denoiser: denoiser}
     if asked.parts == "all":
-        modules |= _others(family, dtype)
+        others = _others(family, dtype)
+        modules |= {name: part for name, part in others.items() if isinstance(part, nn.Module)}
     name = "model" if asked.parts == "all" else family.denoiser
     target = Path(asked.output or place / f"{name}.{asked.to}.safetensors")
     count = write_single_file(target, family, modules, dtype, facts)
@@ -140,15 +142,14 @@ def _family(weights: Path, asked: argparse.Namespace, facts: Mapping[str, str]) 
 
 
 def _others(family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """The parts that did not train, on the CPU."""
+    """The parts that did not train, tokenizers too, on the CPU."""
     import torch
-    from torch import nn
 
     from simpletuner.core.types import Place
 
     place = Place(torch.device("cpu"), dtype)
     components = family.open_text(place).components
-    found = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    found = {name: part for name, part in components.items() if part is not None}
     return {**found, "vae": family.open_vae(place.device, dtype)}
 
 
@@ -157,19 +158,14 @@ def _write_pipeline(
 ) -> None:
     """A folder in diffusers' layout, whole or not at all."""
     import diffusers
-    import torch
-
-    from simpletuner.core.types import Place
 
     partial = target.with_name(f"{target.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     if only:
         denoiser.save_pretrained(partial)  # type: ignore[operator]
     else:
-        place = Place(torch.device("cpu"), dtype)
-        parts = {k: v for k, v in family.open_text(place).components.items() if v is not None}
-        parts["vae"] = family.open_vae(place.device, dtype)
-        parts |= {family.denoiser: denoiser, "scheduler": family.scheduler()}
+        own = {family.denoiser: denoiser, "scheduler": family.scheduler()}
+        parts = _others(family, dtype) | own
         cls = getattr(diffusers, family.checkpoint.index["_class_name"])
         cls(**{**family.pipeline_options, **_absent(family, parts), **parts}).save_pretrained(
             partial

@@ -55,3 +55,11 @@ def _facts(family: type[Family]) -> dict[str, Any]:
 
 
 FAMILIES = Table("model_family", _rows())
+
+
+def predicted_by(family: str) -> tuple[str, ...]:
+    """What the family of this name can be trained to predict; nothing of one that is not built."""
+    found: tuple[str, ...] = ()
+    if family in FAMILIES:
+        found = FAMILIES[family].fact("prediction_types", ())
+    return found

@@ -110,7 +110,7 @@ def test_every_matrix_has_the_name_that_comfyui_takes_and_none_is_left_out(
     real: tuple[type[Family], nn.Module],
 ) -> None:
     family, model = real
-    names = family.names_of(model.config)
+    names = family.names_of(model)
     places = {module: names.place(module) for module in matrices(model)}
     assert [module for module, place in places.items() if place is None] == []
     assert {place.module for place in places.values() if place} == golden(family.name)
@@ -120,7 +120,7 @@ def test_every_tensor_goes_to_the_original_and_back(
     real: tuple[type[Family], nn.Module],
 ) -> None:
     family, model = real
-    weights, names = model.state_dict(), family.names_of(model.config)
+    weights, names = model.state_dict(), family.names_of(model)
     whole = to_original(weights, names)
     back = from_original(whole, names)
     assert {name: t.shape for name, t in back.items()} == {n: t.shape for n, t in weights.items()}

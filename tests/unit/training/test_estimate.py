@@ -168,6 +168,13 @@ def attached(denoiser: nn.Module, family: Any) -> list[nn.Parameter]:
     return [p for p in denoiser.parameters() if id(p) not in own]
 
 
+def cached(run: Run) -> int:
+    """What the entries of a run's caches hold, without what fills the gaps between them."""
+    packs = (run.out / "cache").rglob("*.safetensors")
+    named = (each for pack in packs for each in load_file(pack).items())
+    return sum(tensor.nbytes for name, tensor in named if not name.startswith("~"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -200,13 +207,7 @@ def test_the_estimate_of_a_run_is_what_its_files_hold(
     assert said["gradients"] == sizes["trainable"]
     assert said["adapters"] == (0 if "model_type" in settings else twice * sizes["trainable"])
     assert said["average"] == sizes.get("ema", 0)
-    kept = [
-        tensor.nbytes
-        for pack in (run.out / "cache").rglob("*.safetensors")
-        for name, tensor in load_file(pack).items()
-        if not name.startswith("~")  # what fills the gaps between entries
-    ]
-    assert said["cache"] == sum(kept)
+    assert said["cache"] == cached(run)
     assert said["width"] % 16 == said["height"] % 16 == 0
     assert 0.7 < said["width"] * said["height"] / 64**2 < 1.5
 
@@ -226,6 +227,7 @@ def test_a_controlnet_counts_beside_the_model(
     net = load_file(run.out / "controlnet/diffusion_pytorch_model.safetensors")
     held = load_file(run.out / "checkpoint-2/optimizer.safetensors")
     assert said["adapters"] == sum(tensor.nbytes for tensor in net.values())
+    assert said["cache"] == cached(run)  # sd3's with the latents of the control pictures
     assert said["optimizer"] == sum(t.nbytes for t in held.values() if t.ndim)
     capsys.readouterr()
     assert main(["estimate", "--config", str(run.write(train_batch_size=1)), "--json"]) == 0
