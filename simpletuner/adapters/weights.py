@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from simpletuner.adapters.ema import Ema
     from simpletuner.adapters.method import Trainable
+
+
+class LossScaler(Protocol):
+    """Keeps small gradients from vanishing; what `Stepper` and `Checkpointer` ask of it."""
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to go back from."""
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the gradients their own size again."""
+
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Let the optimizer step, unless a gradient is not finite; True if it did."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it remembers."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put that back."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +41,13 @@ class Weights:
 
     Args:
         ema: The average of what trains; None without one.
+        scaler: What scales the loss; None where it is left as it is.
     """
 
     trainable: Trainable
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
+    scaler: LossScaler | None = None
 
     def follow(self, step: int) -> None:
         """Let the average follow what optimizer step `step`, from 0, has done."""

@@ -33,7 +33,8 @@ class CacheSettings(Section):
     """Pictures encoded at once; larger is faster up to a point and takes more memory."""
 
     vae_dtype: Literal["default", "fp32", "bf16", "fp16"] = setting("default")
-    """What the VAE computes in; default is the run's own dtype."""
+    """What the VAE computes in; default is the run's own dtype, and fp32 beside fp16, whose range
+    is too small for it."""
 
     vae_enable_slicing: bool = setting(False)
     """Let the VAE handle one picture of a batch after the other: less memory, slower."""

@@ -8,23 +8,15 @@ from pathlib import Path
 from simpletuner.config.flat import SETTINGS
 from simpletuner.config.learning_checks import LEARNING_CHECKS
 from simpletuner.config.objective_checks import OF_THE_OBJECTIVE
+from simpletuner.config.precision_checks import PRECISION_CHECKS
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.config.read import SECRET, looks_secret
 from simpletuner.core.errors import ConfigError, Problem, did_you_mean
 from simpletuner.models.families import FAMILIES, predicted_by
-from simpletuner.precision.quantisers import QUANTISERS, quantised_in
 from simpletuner.validation.prompts import Prompts
 from simpletuner.validation.settings import ValidationSettings
 
 LEAST_PX, MOST_PX = 32, 8192
-
-QUANTISED_PARTS = (
-    "base_model_precision",
-    "text_encoder_1_precision",
-    "text_encoder_2_precision",
-    "text_encoder_3_precision",
-)
-"""The settings that name a row of QUANTISERS."""
 
 
 def flavour_of_family(run: Proposal) -> Iterator[Problem]:
@@ -136,24 +128,6 @@ def prompt_library_exists(run: Proposal) -> Iterator[Problem]:
         yield run.problem(key, sentence)
 
 
-def weights_can_be_quantised(run: Proposal) -> Iterator[Problem]:
-    """Quantised weights are frozen, and their format works on this machine."""
-    mixed = run.values["mixed_precision"]
-    for key in QUANTISED_PARTS:
-        name = run.values[key]
-        if name == "no_change" or name not in QUANTISERS:
-            continue
-        if why := quantised_in(name, run.device, "fp32" if mixed == "no" else mixed):
-            yield run.problem(key, why)
-        trains_it = run.values["model_type"] == "full" and not run.values["controlnet"]
-        if key == "base_model_precision" and trains_it:
-            yield run.problem(
-                key,
-                f"{name} is for frozen weights, and model_type full trains them all; set it to"
-                " no_change, or model_type to lora",
-            )
-
-
 def validation_sizes_fit(run: Proposal) -> Iterator[Problem]:
     """Validation pictures have a size that can be rendered, on the family's grid."""
     family = run.values.get("model_family", "")
@@ -186,6 +160,7 @@ def no_secrets(run: Proposal) -> Iterator[Problem]:
 CHECKS: tuple[Check, ...] = (
     *OF_THE_OBJECTIVE,
     *LEARNING_CHECKS,
+    *PRECISION_CHECKS,
     flavour_of_family,
     prediction_of_family,
     prediction_of_zero_snr,
@@ -194,7 +169,6 @@ CHECKS: tuple[Check, ...] = (
     prompt_length_of_family,
     one_base_model,
     prompt_library_exists,
-    weights_can_be_quantised,
     validation_sizes_fit,
     no_secrets,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from simpletuner.adapters.settings import AdapterSettings
 from simpletuner.cache.settings import CacheSettings
-from simpletuner.config.checks import QUANTISED_PARTS, contradictions
+from simpletuner.config.checks import contradictions
 from simpletuner.config.datasets import DatasetsFile, Surroundings, check_draws, read_datasets
 from simpletuner.config.find import Place, Selectors, examples_folder, find_settings, shipped_folder
 from simpletuner.config.flat import (
@@ -25,6 +25,7 @@ from simpletuner.config.flat import (
 )
 from simpletuner.config.json_lines import parse_json
 from simpletuner.config.places import fill, locate
+from simpletuner.config.precision_checks import QUANTISED_PARTS
 from simpletuner.config.proposal import Proposal
 from simpletuner.config.read import Reader, last_of_each, object_keys
 from simpletuner.config.root import Config
@@ -187,6 +188,9 @@ class _Loading:
         if exact and "mixed_precision" not in given:
             values["mixed_precision"] = "no"
             self.notes.append(f"mixed_precision is no: {exact[0]} computes in fp32 on a CPU")
+        held = "base_model_default_dtype"
+        if values.get("mixed_precision") == "no" and values.get(held) not in (None, "fp32"):
+            self.notes.append(f"{held} changes nothing: with mixed_precision no all of it is fp32")
 
     def _sections(
         self, values: Mapping[str, Any], given: Mapping[str, Given], place: Place

@@ -23,7 +23,16 @@ def run_dtype(settings: PrecisionSettings) -> torch.dtype:
 
 
 def base_dtype(settings: PrecisionSettings) -> torch.dtype:
-    """What the frozen weights are held in: fp32 without mixed precision."""
-    if settings.mixed_precision == "no":
-        return torch.float32
-    return dtype_of(settings.base_model_default_dtype)
+    """What the frozen weights are held in; without mixed precision that can only be fp32."""
+    mixed = settings.mixed_precision
+    return dtype_of(mixed if mixed == "no" else settings.base_model_default_dtype or mixed)
+
+
+def vae_dtype_of(chosen: str, run: str) -> str:
+    """What the VAE computes in: what was chosen, or where that is ``default`` the run's own.
+
+    The range of fp16 is too small for VAEs, SDXL's above all: beside it the default is fp32.
+    """
+    if chosen != "default":
+        return chosen
+    return "fp32" if run in ("fp16", "no") else run

@@ -23,12 +23,13 @@ _OTHER_KERNELS = get_args(Kernel)[1:]
 class PrecisionSettings(Section):
     """Dtypes, quantisation, attention and memory."""
 
-    mixed_precision: Literal["bf16", "no", "fp16", "fp8"] = setting("bf16", pending=("fp16", "fp8"))
-    """What the model computes in; no is fp32 throughout: twice the memory, and slower."""
+    mixed_precision: Literal["bf16", "no", "fp16", "fp8"] = setting("bf16", pending=("fp8",))
+    """What the model computes in; no is fp32 throughout: twice the memory, and slower. fp16 is for
+    cards without bf16: its range is small, so the loss is scaled, and a step may be skipped."""
 
-    base_model_default_dtype: Literal["bf16", "fp32"] = setting("bf16")
+    base_model_default_dtype: Literal["bf16", "fp16", "fp32"] | None = setting(None)
     """What the frozen weights are held in where they are not quantised; fp32 takes twice the
-    memory."""
+    memory. Without it, what mixed_precision computes in."""
 
     gradient_checkpointing: bool = setting(True)
     """Compute activations twice instead of keeping them: much less memory, about a quarter

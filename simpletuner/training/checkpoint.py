@@ -4,6 +4,8 @@ checkpoint-N/
   pytorch_lora_weights.safetensors   what the user loads elsewhere; a folder of a full model
   trainable.safetensors              the same weights under their names, exactly as they train
   optimizer.safetensors              the optimizer's tensors by parameter name
+  ema.safetensors                    with use_ema: the average
+  scaler.safetensors                 with mixed_precision fp16: what the loss is scaled by
   state.json                         step, epoch, samples, and what the run was trained with
   manifest.json                      size and SHA-256 of each file above; written last
 """
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from simpletuner.training.state import TrainState
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_FORMAT = 2
+_FORMAT = 3
 """Of all files of a checkpoint; kept in its manifest."""
 
 _NEEDED = frozenset({"trainable.safetensors", "optimizer.safetensors", "state.json"})
@@ -142,6 +144,8 @@ class Checkpointer:
             }
             if self.weights.ema is not None:
                 tensors["ema"] = self.weights.ema.shadow
+            if self.weights.scaler is not None:
+                tensors["scaler"] = self.weights.scaler.tensors()
             for name, found in tensors.items():
                 ready = {k: v.detach().cpu().contiguous() for k, v in found.items()}
                 write_tensors(folder / f"{name}.safetensors", ready)
@@ -212,9 +216,13 @@ class Checkpointer:
             read_tensors(folder / "optimizer.safetensors"),
         )
         self._load_average(folder)
+        scaler, file = self.weights.scaler, folder / "scaler.safetensors"
+        if scaler is not None and file.is_file():  # else it begins anew, as in a run of its own
+            scaler.load(read_tensors(file))
         self.state.step = facts["step"]
         self.state.epoch = facts["epoch"]
         self.state.samples_seen = facts["samples_seen"]
+        self.state.skipped = facts["skipped"]
         self._set_aside(self.state.step + 1)
         if folder.resolve().parent == self.folder.root.resolve():
             self._rotate(folder)  # a kill at the rename or after it left one more than the limit

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def held_in(config: Config) -> torch.dtype:
     """The denoiser's own dtype: where it trains itself, fp32 but for optimizers made for bf16."""
-    trains = config.adapter.trains == "full"
-    if trains and not OPTIMIZERS[config.optimizer.optimizer].fact("bf16_weights", False):
+    held = base_dtype(config.precision)
+    able = OPTIMIZERS[config.optimizer.optimizer].fact("bf16_weights", False)
+    if config.adapter.trains == "full" and not (able and held == torch.bfloat16):
         return torch.float32
-    return base_dtype(config.precision)
+    return held

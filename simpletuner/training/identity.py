@@ -22,6 +22,7 @@ from simpletuner.core.section import hint_of
 from simpletuner.diffusion.needs import idle, overruled
 from simpletuner.optim.build import options_of
 from simpletuner.optim.schedules import SCHEDULES
+from simpletuner.precision.dtypes import vae_dtype_of
 from simpletuner.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -87,11 +88,11 @@ def data_identity(
     config: Config, family: Family, plan: BatchPlan, sources: Sequence[DataSource]
 ) -> Facts:
     """What is trained on and in which order."""
-    cache, mixed = config.cache, config.precision.mixed_precision
-    run = "fp32" if mixed == "no" else mixed
+    cache = config.cache
+    vae = vae_dtype_of(cache.vae_dtype, config.precision.mixed_precision)
     found: dict[str, Any] = {
         **plan.fingerprint,
-        "vae_dtype": f"{_DEFAULT}{run}" if cache.vae_dtype == "default" else cache.vae_dtype,
+        "vae_dtype": f"{_DEFAULT * (cache.vae_dtype == 'default')}{vae}",
         "vae_enable_tiling": cache.vae_enable_tiling,
     }
     if "data_aesthetic_score" in family.own_settings:
@@ -167,7 +168,8 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
         names = ("ema_decay", "ema_update_interval", "ema_warmup_steps")
         found |= {name: dict(config.adapter)[name] for name in names}
     if precision.mixed_precision != "no":
-        found["base_model_default_dtype"] = precision.base_model_default_dtype
+        held = precision.base_model_default_dtype or precision.mixed_precision
+        found["base_model_default_dtype"] = held
     diffusion, flow = config.diffusion, family.prediction_type == "flow_matching"
     values = dict(diffusion)
     unused = {name for name, _ in idle(values)} | {name for name, *_ in overruled(values)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from simpletuner.cache.caches import Caches
@@ -15,7 +16,7 @@ from simpletuner.cache.upkeep import damaged
 from simpletuner.core.errors import DataError
 from simpletuner.core.types import Place
 from simpletuner.data.excluded import listed
-from simpletuner.precision.dtypes import dtype_of
+from simpletuner.precision.dtypes import dtype_of, vae_dtype_of
 
 if TYPE_CHECKING:
     from simpletuner.cache.settings import CacheSettings
@@ -29,10 +30,9 @@ if TYPE_CHECKING:
 
 
 def vae_place(settings: CacheSettings, place: Place) -> Place:
-    """Where the VAE runs: beside the model, in its own dtype if the user named one."""
-    if settings.vae_dtype == "default":
-        return place
-    return Place(place.device, dtype_of(settings.vae_dtype), place.rank, place.world)
+    """Where the VAE runs: beside the model, in the dtype that `vae_dtype_of` names."""
+    run = next(name for name in ("fp32", "bf16", "fp16") if dtype_of(name) == place.dtype)
+    return replace(place, dtype=dtype_of(vae_dtype_of(settings.vae_dtype, run)))
 
 
 def _fit_the_grid(family: Family, sources: Sequence[DataSource]) -> None:

@@ -152,6 +152,7 @@ class Report:
             "weights": file.name,
             "steps": state.step,
             "samples_seen": state.samples_seen,
+            "skipped_steps": state.skipped,
             "verified": str(verified),
             "largest_relative_error": verified.largest_error,
         }

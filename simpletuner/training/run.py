@@ -24,6 +24,7 @@ from simpletuner.optim.build import build_optimizer
 from simpletuner.precision.dtypes import run_dtype
 from simpletuner.precision.fit import fit
 from simpletuner.precision.quantise import Quantiser
+from simpletuner.precision.scaling import Scaler
 from simpletuner.runtime.runtime import Runtime
 from simpletuner.training.checkpoint import Checkpointer
 from simpletuner.training.control import Control
@@ -39,12 +40,15 @@ from simpletuner.validation.prompts import Prompts
 from simpletuner.validation.validator import Validator
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from simpletuner.adapters.method import Trainable, Verified
     from simpletuner.config.root import Config
     from simpletuner.core.events import Bus
     from simpletuner.core.files import RunFolder
     from simpletuner.data.settings import Datasets
     from simpletuner.data.source import DataSource
+    from simpletuner.models.family import Family
 
 
 def train(config: Config, datasets: Datasets, folder: RunFolder, bus: Bus) -> Path:
@@ -126,11 +130,8 @@ def _train(
     # 4. the denoiser with what trains on it
     shrink = with_preset(config.adapter, family, quantiser)
     denoiser = family.open_denoiser(Place(place.device, held_in(config)), shrink)
-    seeds.reseed_torch("adapter")
-    trainable = attach(denoiser, family, config.adapter)
-    fit(trainable.modules, config.precision)
-    optimizer = build_optimizer(config.optimizer, trainable.groups(), seeds)
-    weights = Weights(trainable, optimizer, Ema.of(trainable.parameters(), config.adapter))
+    weights = _weights(config, family, denoiser, seeds, place)
+    trainable = weights.trainable
     # 5. where the run stands
     state = starting_state(config, family, plan, sources, timetable.total_steps, place)
     report = Report(config, datasets, family, trainable, quantiser.told, folder, bus)
@@ -159,6 +160,18 @@ def _train(
         file, verified = _export(trainable, folder, report.metadata(state))
     report.finished(state, file, verified)
     return file
+
+
+def _weights(
+    config: Config, family: Family, denoiser: nn.Module, seeds: Seeds, place: Place
+) -> Weights:
+    """What trains on the denoiser, and what moves it."""
+    seeds.reseed_torch("adapter")
+    trainable = attach(denoiser, family, config.adapter)
+    fit(trainable.modules, config.precision)
+    optimizer = build_optimizer(config.optimizer, trainable.groups(), seeds)
+    average = Ema.of(trainable.parameters(), config.adapter)
+    return Weights(trainable, optimizer, average, Scaler.of(place.dtype, place.device))
 
 
 def _export(

@@ -35,6 +35,7 @@ class TrainState:
         step: Optimizer steps done.
         epoch: 0-based epoch of the last step.
         samples_seen: Samples trained on, repeats counted.
+        skipped: Steps among those done that moved no weight, for their gradients overflowed.
         versions: Of what computes.
     """
 
@@ -46,6 +47,7 @@ class TrainState:
     step: int = 0
     epoch: int = 0
     samples_seen: int = 0
+    skipped: int = 0
     versions: Mapping[str, str] = field(default_factory=versions)
 
     def as_dict(self) -> dict[str, Any]:

@@ -55,11 +55,13 @@ class Outcome:
         loss: Mean loss over the window, 0-dim.
         grad_norm: Global norm before clipping, 0-dim.
         lr: The learning rate used.
+        skipped: True if the step was not taken: a scaled loss overflowed.
     """
 
     loss: Tensor
     grad_norm: Tensor
     lr: float
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,19 +123,24 @@ class Stepper:
 
     def step(self, step: int, window: Sequence[tuple[PlannedBatch, Batch]]) -> Outcome:
         """Train on the window of optimizer step `step` (0-based)."""
-        optimizer = self.weights.optimizer
+        optimizer, scaler = self.weights.optimizer, self.weights.scaler
         optimizer.zero_grad(set_to_none=True)
         total: Tensor | None = None
         for micro, (planned, batch) in enumerate(window):
             share = self.micro_loss(step, micro, planned, batch)
-            share.backward()
+            (scaler.scaled(share) if scaler else share).backward()
             total = share.detach() if total is None else total + share.detach()
         assert total is not None, "a window has at least one batch"
+        if scaler:
+            scaler.unscale(optimizer)
         norm = self.clip([p for group in optimizer.param_groups for p in group["params"]])
         lr = self.learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        optimizer.step()
+        if scaler and not scaler.step(optimizer):
+            return Outcome(total, norm, lr, skipped=True)
+        if not scaler:
+            optimizer.step()
         self.weights.follow(step)
         return Outcome(total, norm, lr)
 

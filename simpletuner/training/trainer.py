@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +57,7 @@ class _Taken:
     window: Window
     seconds: float
     epoch: int
+    skipped: bool
 
 
 class Trainer:
@@ -96,15 +97,15 @@ class Trainer:
             window = self._window(state, told)
             # 2. one optimizer step
             outcome = self._stepper.step(state.step, window)
-            guard.watch(outcome.loss)
-            taken = _Taken(
-                state.step, outcome.lr, _Reading(outcome), window, 0.0, self._plan.epoch(state.step)
-            )
+            if not outcome.skipped:
+                guard.watch(outcome.loss)
+            epoch, reading = self._plan.epoch(state.step), _Reading(outcome)
+            taken = _Taken(state.step, outcome.lr, reading, window, 0.0, epoch, outcome.skipped)
             # 3. tell the step before, whose numbers have arrived by now
             self._tell(told)
             told = self._timed(taken, began)
             # 4. count
-            self._count(state, window)
+            self._count(state, window, outcome)
             # 5. what is due, and leaving cleanly; nothing is saved on top of an unread loss
             due = self._timetable.due(state.step)
             if due or self._control.leaving():
@@ -124,20 +125,25 @@ class Trainer:
             raise self._rescue(error, state) from error
 
     def _timed(self, taken: _Taken, began: float) -> _Taken:
-        seconds = time.perf_counter() - began
-        return _Taken(taken.step, taken.lr, taken.reading, taken.window, seconds, taken.epoch)
+        return replace(taken, seconds=time.perf_counter() - began)
 
-    def _count(self, state: TrainState, window: Window) -> None:
+    def _count(self, state: TrainState, window: Window, outcome: Outcome) -> None:
         state.epoch = self._plan.epoch(state.step)
         state.samples_seen += window[0][0].window_samples
         state.step += 1
+        state.skipped += outcome.skipped
 
     def _tell(self, taken: _Taken | None) -> None:
         if taken is None:
             return
         loss, norm = taken.reading.read()
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or taken.skipped):
             raise explain_not_finite(self._stepper, taken.step, taken.window)
+        if taken.skipped:
+            self._bus.notice(
+                f"step {taken.step + 1} moved no weight: its gradients overflowed fp16; the next"
+                " loss is scaled by half as much"
+            )
         self._bus.emit(
             StepDone(
                 step=taken.step + 1,
@@ -145,7 +151,7 @@ class Trainer:
                 epoch=taken.epoch + 1,
                 loss=loss,
                 lr=taken.lr,
-                grad_norm=norm,
+                grad_norm=None if taken.skipped else norm,
                 seconds=taken.seconds,
                 samples=taken.window[0][0].window_samples,
             )

@@ -340,8 +340,8 @@ def test_verification_names_what_is_wrong(place: Place) -> None:
 
     for change, words in (
         ({**described, "format": 1}, "of another version of simpletuner"),
-        ({"format": 2, "files": {}}, r"does not list optimizer\.safetensors"),
-        ({"format": 2}, "manifest.json cannot be read"),
+        ({"format": 3, "files": {}}, r"does not list optimizer\.safetensors"),
+        ({"format": 3}, "manifest.json cannot be read"),
         ([], "manifest.json cannot be read"),
     ):
         write_json(manifest, change)
