@@ -59,8 +59,9 @@ class PrecisionSettings(Section):
     """Where the weights are converted, layer by layer: accelerator is faster, the CPU spares the
     device's memory."""
 
-    disable_tf32: bool = setting(False, pending=True)
-    """Keep every fp32 product exact on NVIDIA cards; slower."""
+    disable_tf32: bool = setting(False)
+    """Compute fp32 products exactly on NVIDIA cards, whose tensor cores round the factors to 10
+    bits (TF32) otherwise; slower. It matters with mixed_precision no, and elsewhere hardly."""
 
     gradient_checkpointing_interval: int | None = setting(None, ge=1, unit="blocks")
     """Apply gradient_checkpointing only to every so many blocks; larger is faster and takes more

@@ -20,11 +20,12 @@ class Runtime:
     place: Place
 
     @classmethod
-    def start(cls, dtype: torch.dtype) -> Runtime:
+    def start(cls, dtype: torch.dtype, *, tf32: bool) -> Runtime:
         """Pick the device and quieten the libraries.
 
         Args:
             dtype: What the model runs in.
+            tf32: Whether a CUDA device may round the factors of fp32 products; see `use_tf32`.
 
         Raises:
             ConfigError: A launcher started several processes.
@@ -43,7 +44,22 @@ class Runtime:
         state = PartialState()
         if state.device.type == "cpu":
             keep_freed_memory()
+        if state.device.type == "cuda":
+            use_tf32(tf32)
         return cls(Place(state.device, dtype, state.process_index, state.num_processes))
+
+
+def use_tf32(allowed: bool) -> None:
+    """Let CUDA round the factors of fp32 products and convolutions to 10 bits, or not.
+
+    The sums stay fp32, and tensor cores do them several times faster. torch holds the switch for
+    the whole process; beside it the libraries read `torch.get_float32_matmul_precision`, which only
+    the older of its two interfaces keeps in step.
+    """
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def quieten_libraries() -> None:

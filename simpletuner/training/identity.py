@@ -162,6 +162,7 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
         "use_ema": config.adapter.use_ema,
         "mixed_precision": precision.mixed_precision,
         "base_model_precision": precision.base_model_precision,
+        "disable_tf32": precision.disable_tf32,
         **family.step_options,
     }
     if config.adapter.use_ema:

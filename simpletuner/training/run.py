@@ -107,7 +107,8 @@ def _train(
     config: Config, datasets: Datasets, folder: RunFolder, bus: Bus, control: Control
 ) -> Path:
     # 1. the machine and the randomness
-    place = Runtime.start(run_dtype(config.precision)).place
+    precision = config.precision
+    place = Runtime.start(run_dtype(precision), tf32=not precision.disable_tf32).place
     seeds = Seeds(config.runtime.seed)
     # 2. the data and the model, and everything that text encoders and VAE have to do
     root = config.cache.root(folder.root)

@@ -203,6 +203,7 @@ def _front(loaded: Loaded, folder: RunFolder, bus: Bus) -> tuple[Any, ...]:
     from simpletuner.validation.prompts import Prompts
 
     config, datasets = loaded.config, loaded.datasets
+    precision = config.precision
     root = config.cache.root(folder.root)
     batch = config.schedule.train_batch_size
     sources = open_sources(datasets, index_folder=root / "index", train_batch_size=batch, bus=bus)
@@ -212,9 +213,9 @@ def _front(loaded: Loaded, folder: RunFolder, bus: Bus) -> tuple[Any, ...]:
         Prompts.of(config.validation),
         datasets,
         config.cache,
-        Quantiser(config.precision),
+        Quantiser(precision),
         Seeds(config.runtime.seed),
-        Runtime.start(run_dtype(config.precision)).place,
+        Runtime.start(run_dtype(precision), tf32=not precision.disable_tf32).place,
     )
 
 
