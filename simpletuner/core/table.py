@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.errors import ConfigError, did_you_mean
@@ -65,10 +66,14 @@ class Table(Mapping[str, Row]):
     Args:
         title: What the rows are, in the user's words (``"optimizer"``).
         rows: In the order the documentation lists them.
+        elsewhere: Names that other trainers have and this one has not, and the row to take instead.
     """
 
-    def __init__(self, title: str, rows: tuple[Row, ...]) -> None:
+    def __init__(
+        self, title: str, rows: tuple[Row, ...], elsewhere: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.title = title
+        self.elsewhere = elsewhere
         self._rows = {row.name: row for row in rows}
         if len(self._rows) != len(rows):
             raise ValueError(f"two rows of one name in the {title} table")
@@ -90,6 +95,8 @@ class Table(Mapping[str, Row]):
 
     def unknown(self, name: str) -> str:
         """The sentence for a name that is not in the table."""
+        if name in self.elsewhere:
+            return f"{name} is not offered here; take {self.elsewhere[name]}"
         near = did_you_mean(name, self._rows)
         return f"unknown {self.title} {name!r}{near or '; one of ' + ', '.join(self._rows)}"
 

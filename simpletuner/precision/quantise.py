@@ -148,10 +148,14 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _try(layer: nn.Linear, name: str, dtype: torch.dtype) -> None:
-    """Compute with one layer, so that kernels that cannot be had fail now and not in step 1."""
+    """Compute with one layer, so that kernels that cannot be had fail now and not in step 1.
+
+    Also back, for what is trained before it learns through it.
+    """
+    device = layer.weight.device
     try:
-        with torch.no_grad():
-            layer(torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight.device))
+        x = torch.zeros(1, layer.in_features, dtype=dtype, device=device, requires_grad=True)
+        layer(x).sum().backward()
     except (RuntimeError, OSError, ImportError) as error:
         if is_out_of_memory(error):
             raise

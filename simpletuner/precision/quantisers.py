@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from simpletuner.core.table import Row, Table
@@ -10,6 +11,24 @@ from simpletuner.core.table import Row, Table
 def _facts(module: str, bits: int, **more: Any) -> dict[str, Any]:
     return {"module": module, "bits": bits, **more}
 
+
+_ELSEWHERE = MappingProxyType(
+    {
+        # torchao 0.18 packs four bits for CUDA alone, and in bf16 or with another package
+        **dict.fromkeys(("int4-torchao", "int8dq-int4-torchao", "fp8-int4-torchao"), "int4-quanto"),
+        # activations in eight bits as well: adapters over such a base do not learn
+        "int8dq-torchao": "int8-torchao",
+        **dict.fromkeys(("fp8wo-torchao", "fp8-native", "fp8-transformerengine"), "fp8-torchao"),
+        "fp8uz-quanto": "fp8-quanto",
+        "fp8-sdnq": "fp8-torchao",
+        **dict.fromkeys((f"{name}-sdnq" for name in ("int8", "uint8")), "int8-torchao"),
+        **dict.fromkeys(
+            (f"{name}-sdnq" for name in ("int6", "int5", "uint5", "uint4", "int4")), "int4-quanto"
+        ),
+        **dict.fromkeys((f"{name}-sdnq" for name in ("uint3", "uint2")), "int2-quanto"),
+        **dict.fromkeys((f"{name}-sdnq" for name in ("int16", "uint16", "fp16")), "no_change"),
+    }
+)
 
 QUANTISERS = Table(
     "precision",
@@ -73,6 +92,7 @@ QUANTISERS = Table(
             facts=_facts("torchao.quantization", 8, not_on={"mps": "int8-torchao"}),
         ),
     ),
+    _ELSEWHERE,
 )
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from simpletuner.precision.quantisers import QUANTISERS
 from tests.runs import Run, make_pictures
 
-FORMATS = ("int8-quanto", "fp8-quanto", "nf4-bnb", "int8-torchao")
+FORMATS = [name for name in QUANTISERS if name != "no_change"]
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
@@ -15,6 +16,7 @@ from simpletuner.core.errors import ConfigError, ExtraMissing
 from simpletuner.precision.quantise import Quantiser, quantise, weight_bytes
 from simpletuner.precision.quantisers import QUANTISERS, quantised_in
 from simpletuner.precision.settings import PrecisionSettings
+from tests.unit.training.builds import build_stepper, make_batch, window_of
 
 CPU = torch.device("cpu")
 FORMATS = [name for name in QUANTISERS if name != "no_change"]
@@ -184,3 +186,92 @@ def test_a_missing_package_is_told_before_anything_is_opened(
         with pytest.raises(ExtraMissing, match=r"nf4-bnb needs the package 'bitsandbytes'") as told:
             Quantiser(PrecisionSettings(**{part: "nf4-bnb"}))
         assert "pip install 'simpletuner[bnb]'" in str(told.value)
+
+
+def test_weights_mapped_from_a_file_at_any_place_give_the_same_products(tmp_path: Path) -> None:
+    """Files are mapped at 8 bytes; kernels that want 16 read past such tensors, or crash."""
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    for name in FORMATS:
+        found = []
+        for shift in (0, 8):
+            shrunk = model()
+            weight = shrunk.block.wide.weight
+            memory = torch.empty(weight.nbytes + 64, dtype=torch.uint8)
+            start = -memory.data_ptr() % 16 + shift
+            place = memory[start : start + weight.nbytes].view(torch.float32).view(weight.shape)
+            shrunk.block.wide.weight = nn.Parameter(place.copy_(weight), requires_grad=False)
+            assert shrunk.block.wide.weight.data_ptr() % 16 == shift
+            quantise(shrunk, "model", name, CPU, via="cpu")
+            found.append(shrunk.block.wide(x))
+        assert torch.equal(*found), name
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_computes_in_each_half_that_it_does_not_refuse(name: str, dtype: torch.dtype) -> None:
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    shrunk = model().to(dtype)
+    if quantised_in(name, "cpu", short):
+        with pytest.raises(ConfigError, match="set mixed_precision to no"):
+            quantise(shrunk, "model", name, CPU, via="cpu")
+        return
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = shrunk.block.wide(x)
+
+    quantise(shrunk, "model", name, CPU, via="cpu")
+
+    found = shrunk.block.wide(x)
+    assert found.dtype == dtype
+    assert (found - exact).float().norm() / exact.float().norm() < WORST[name]
+
+
+@pytest.mark.parametrize(("family", "part"), [("sd3", "transformer"), ("flux", "transformer")])
+def test_what_stands_around_the_blocks_stays_exact(
+    family: str, part: str, request: pytest.FixtureRequest
+) -> None:
+    """The layers that are left out in the field too: embedders, the time's, the last ones."""
+    cls = SD3Transformer2DModel if family == "sd3" else FluxTransformer2DModel
+    opened = cls.from_pretrained(request.getfixturevalue(f"tiny_{family}"), subfolder=part)
+    opened.requires_grad_(False)
+
+    quantise(opened, part, "int8-quanto", CPU, via="cpu")
+
+    around = ("time_text_embed", "context_embedder", "x_embedder", "pos_embed", "norm_out")
+    for name, module in opened.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith((*around, "proj_out")):
+            assert type(module) is nn.Linear, name
+    kinds = {type(m).__name__ for n, m in opened.named_modules() if "blocks.0." in n}
+    assert "QLinear" in kinds
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("family", ["flux", "sd1x", "sd3", "sdxl"])
+def test_every_family_learns_over_every_format(
+    family: str, name: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"tiny_{family}")
+    stepper = build_stepper(folder, family_name=family, learning_rate=1e-2, base_format=name)
+    window = window_of(make_batch(1, 2, family_name=family))
+    losses = [stepper.step(0, window).loss.item() for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("int4-torchao", "int4-quanto"),
+        ("fp8uz-quanto", "fp8-quanto"),
+        ("int8-sdnq", "int8-torchao"),
+    ],
+)
+def test_a_format_of_the_field_that_is_not_here_names_one_that_is(name: str, instead: str) -> None:
+    told = f"{name} is not offered here; take {instead}"
+    with pytest.raises(ConfigError, match=told):
+        QUANTISERS[name]
+    with pytest.raises(ValidationError, match=told):
+        PrecisionSettings(base_model_precision=name)
+
+
+def test_what_is_named_instead_is_there() -> None:
+    assert set(QUANTISERS.elsewhere.values()) <= set(QUANTISERS)
+    assert not set(QUANTISERS.elsewhere) & set(QUANTISERS)

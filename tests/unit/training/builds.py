@@ -19,6 +19,8 @@ from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
 from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.settings import OptimizerSettings
+from simpletuner.precision.quantise import Quantiser
+from simpletuner.precision.settings import PrecisionSettings
 from simpletuner.training.stepper import Stepper
 
 CPU = Place(torch.device("cpu"), torch.float32)
@@ -47,6 +49,7 @@ def build_stepper(
     diffusion: dict[str, Any] | None = None,
     family_name: str = "sdxl",
     options: dict[str, Any] | None = None,
+    base_format: str = "no_change",
     **optimizer: Any,
 ) -> Stepper:
     """The stepper `training.run` would build, on `place`."""
@@ -55,7 +58,8 @@ def build_stepper(
     )
     family = open_family(chosen_model)
     SEEDS.reseed_torch("adapter")
-    denoiser = family.open_denoiser(Place(torch.device("cpu"), base))
+    quantiser = Quantiser(PrecisionSettings(base_model_precision=base_format))
+    denoiser = family.open_denoiser(Place(torch.device("cpu"), base), quantiser)
     settings = AdapterSettings(**{"lora_rank": 4, "lora_alpha": 6, **(adapter or {})})
     trainable = attach(denoiser, family, settings)
     denoiser.to(place.device)
