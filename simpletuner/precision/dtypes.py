@@ -17,6 +17,11 @@ def dtype_of(name: str) -> torch.dtype:
     return _NAMES[name]
 
 
+def short_name(dtype: torch.dtype) -> str:
+    """The setting's name for a dtype: ``fp32``, ``bf16`` or ``fp16``."""
+    return next(name for name, each in _NAMES.items() if each == dtype)
+
+
 def run_dtype(settings: PrecisionSettings) -> torch.dtype:
     """What the denoiser computes in."""
     return dtype_of(settings.mixed_precision)

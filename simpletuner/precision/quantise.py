@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simpletuner.core.errors import ConfigError, is_out_of_memory
 from simpletuner.core.extras import require
+from simpletuner.precision.dtypes import short_name
 from simpletuner.precision.quantisers import QUANTISERS, quantised_in
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Quantised:
         before: Bytes of all weights as opened.
         after: Bytes of all weights now.
         dtype: Of the weights that stayed.
+        outside: What has linear layers outside the blocks, which stay too.
     """
 
     part: str
@@ -42,6 +44,12 @@ class Quantised:
     before: int
     after: int
     dtype: torch.dtype
+    outside: tuple[str, ...] = ()
+
+    @property
+    def short(self) -> str:
+        """`dtype` as the settings call it."""
+        return short_name(self.dtype)
 
     def __str__(self) -> str:
         dtype, size = str(self.dtype).removeprefix("torch."), f"{self.after / 2**20:,.1f} MiB"
@@ -107,13 +115,13 @@ def quantise(
         ExtraMissing: Its package is not installed.
     """
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    if why := quantised_in(name, device.type, _SHORT.get(dtype, str(dtype))):
+    if why := quantised_in(name, device.type, short_name(dtype)):
         raise ConfigError(why)
     make, before = QUANTISERS[name].load(), weight_bytes(model)
     if name == "no_change":
         return Quantised(part, name, 0, {}, before, before, dtype)
     kept: Counter[str] = Counter()
-    layers = 0
+    outside, layers = _outside(model), 0
     for path, layer in list(_candidates(model)):
         if why := _left_for(model, path, layer):
             kept[why] += 1
@@ -128,10 +136,25 @@ def quantise(
             f"{part} has no layers that {name} could hold",
             fix="set its precision to no_change",
         )
-    return Quantised(part, name, layers, dict(kept), before, weight_bytes(model), dtype)
+    return Quantised(part, name, layers, dict(kept), before, weight_bytes(model), dtype, outside)
 
 
-_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+def _outside(model: nn.Module) -> tuple[str, ...]:
+    """The linear layers outside the repeated blocks, of a list by their last name, else the first.
+
+    FLUX's ``time_text_embed.timestep_embedder.linear_1`` is of its ``time_text_embed``, a UNet's
+    ``down_blocks.0.resnets.1.time_emb_proj`` one of its ``time_emb_proj``.
+    """
+    inside = {id(layer) for _, layer in _candidates(model)}
+    linear = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.Linear)]
+    paths = [name.split(".") for name, each in linear if id(each) not in inside]
+    names = [_title(path) for path in paths]
+    return tuple(dict.fromkeys(names))
+
+
+def _title(path: list[str]) -> str:
+    words = [word for word in path if not word.isdigit()]
+    return words[0] if words == path else words[-1]
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -181,25 +204,30 @@ def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, layer)
 
 
-def held_bytes(model: nn.Module, name: str) -> int:
-    """What the weights of a model on ``meta`` take once `quantise` holds them in `name`.
+def foreseen(model: nn.Module, part: str, name: str) -> Quantised:
+    """What becomes of a model on ``meta`` once `quantise` holds it in `name`.
 
     One layer of each shape is really converted, on the CPU, so scales and padding count too.
     """
-    total = weight_bytes(model)
+    before = total = weight_bytes(model)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     if name == "no_change":
-        return total
+        return Quantised(part, name, 0, {}, before, before, dtype)
     make, saved = QUANTISERS[name].load(), dict[tuple[Any, ...], int]()
+    kept: Counter[str] = Counter()
+    layers = 0
     for path, layer in _candidates(model):
-        if _left_for(model, path, layer):
+        if why := _left_for(model, path, layer):
+            kept[why] += 1
             continue
+        layers += 1
         shape = (layer.in_features, layer.out_features, layer.bias is not None)
         if shape not in saved:
             real = nn.Linear(*shape, dtype=layer.weight.dtype).requires_grad_(False)
             whole = weight_bytes(real)
             saved[shape] = whole - weight_bytes(make(real))
         total -= saved[shape]
-    return total
+    return Quantised(part, name, layers, dict(kept), before, total, dtype, _outside(model))
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -28,8 +28,10 @@ from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.precision.dtypes import run_dtype
 from simpletuner.precision.fit import fit
-from simpletuner.precision.quantise import held_bytes
+from simpletuner.precision.plan import PlanRow
+from simpletuner.precision.quantise import foreseen
 from simpletuner.training.held import held_in
+from simpletuner.training.precision_plan import precision_plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +62,7 @@ class Estimate:
         width: The largest batch's pictures, px.
         height: The same.
         batch: Samples in it.
+        plan: What each part is held in.
     """
 
     weights: int
@@ -75,6 +78,7 @@ class Estimate:
     width: int
     height: int
     batch: int
+    plan: tuple[PlanRow, ...]
 
     @property
     def device(self) -> int:
@@ -175,10 +179,12 @@ def estimate(
     weights = sum(p.numel() for p in denoiser.parameters())
     name = config.precision.base_model_precision
     whole = config.adapter.trains == "full"
-    base = held_bytes(denoiser, name)
+    shrunk = foreseen(denoiser, family.denoiser, name)
     # where adapters start costs nothing, and needs weights
     chosen = config.adapter.model_copy(update={"lora_init_type": "default", "init_lora": None})
     trainable = attach(denoiser, family, chosen)
+    told = {family.denoiser: shrunk}
+    plan = precision_plan(config, family, trainable, told, unopened="not counted")
     for module in trainable.modules:
         Module.to(module, _META, dtype)
     fit(trainable.modules, config.precision)
@@ -196,7 +202,7 @@ def estimate(
     return Estimate(
         weights=weights,
         trained=count,
-        base=base,
+        base=shrunk.after,
         adapters=0 if whole else net * 4 or count * wide * started,
         gradients=count * wide,
         optimizer=_remembered(config, trainable, held if whole else torch.float32),
@@ -207,6 +213,7 @@ def estimate(
         width=width,
         height=height,
         batch=batch,
+        plan=tuple(plan),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.adapters.export import lora_file
@@ -10,7 +11,9 @@ from simpletuner.core.events import Bus, RunFinished, RunStarted
 from simpletuner.core.files import RunFolder, write_json
 from simpletuner.core.section import hint_of
 from simpletuner.models.embedded import embedded_folder
+from simpletuner.precision.plan import plan_lines
 from simpletuner.training.header import header_facts
+from simpletuner.training.precision_plan import precision_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +75,13 @@ class Report:
         summary = self._summary(sources, plan, timetable, place)
         if resumed is not None:
             summary["resumed"] = f"{resumed.name}, {state.step} steps done"
-        self._facts = {"versions": dict(state.versions), "summary": summary, "result": None}
+        held = precision_plan(self._config, self._family, self._trainable, self._held)
+        self._facts = {
+            "versions": dict(state.versions),
+            "summary": summary,
+            "precision": [asdict(row) for row in held],
+            "result": None,
+        }
         with self._folder.writing(self._folder.resolved_config.name):
             write_json(self._folder.resolved_config, self._resolved())
         self._write_facts()
@@ -81,6 +90,7 @@ class Report:
                 summary=summary, total_steps=timetable.total_steps, first_step=state.step + 1
             )
         )
+        self._bus.notice("\n".join(plan_lines(held)))
         drawn = plan.seen(timetable.total_steps)
         for number, source in enumerate(sources):
             if number not in drawn:

@@ -61,7 +61,9 @@ def run(arguments: Sequence[str]) -> int:
     if options.json:
         print_json({**asdict(found), "device": found.device})
     else:
-        print("\n".join(lines(found)))
+        from simpletuner.precision.plan import plan_lines
+
+        print("\n".join([*lines(found), *plan_lines(found.plan)]))
     return 0
 
 

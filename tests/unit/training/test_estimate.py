@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from simpletuner.adapters.method import attach
 from simpletuner.adapters.settings import AdapterSettings
 from simpletuner.apps.cli import main
 from simpletuner.core.types import Place
-from simpletuner.precision.quantise import held_bytes, quantise
+from simpletuner.precision.quantise import foreseen, quantise
 from simpletuner.training.estimate import Live, peak_of
 from tests.journeys.test_controlnet import controlled
 from tests.runs import Run
@@ -142,10 +143,11 @@ def test_activations_are_what_stays_alive_in_a_real_step(make: Callable[[], Any]
 def test_quantised_weights_take_what_they_are_said_to(tiny_sdxl: Path, name: str) -> None:
     family = open_tiny(tiny_sdxl)
     real = family.open_denoiser(CPU)
-    said = held_bytes(family.blueprint(torch.float32), name)
+    said = foreseen(family.blueprint(torch.float32), "unet", name)
     told = quantise(real, "unet", name, torch.device("cpu"), via="cpu")
-    assert said == pytest.approx(told.after, rel=1e-3)
-    assert said < told.before
+    assert said.after == pytest.approx(told.after, rel=1e-3)
+    assert replace(said, after=told.after) == told
+    assert said.after < told.before
 
 
 def test_a_blueprint_is_the_denoiser_without_weights(tiny_sdxl: Path) -> None:
@@ -239,7 +241,8 @@ def test_the_table_is_read_by_people(
 ) -> None:
     run = Run(tmp_path, tiny_sdxl)
     assert main(["estimate", "--config", str(run.write())]) == 0
-    shown = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr().out.splitlines()
+    shown = told[: told.index("precision plan")]
     assert [line.split("  ")[0] for line in shown] == [
         "the model's weights",
         "adapters",
