@@ -240,6 +240,22 @@ def optimizer_fits(run: Proposal) -> Iterator[Problem]:
         )
 
 
+def gradients_are_taken(run: Proposal) -> Iterator[Problem]:
+    """Weights in bf16 have gradients in fp32 where the optimizer takes such."""
+    name, values = run.values["optimizer"], run.values
+    row = OPTIMIZERS.get(name) if name in OPTIMIZERS else None
+    whole = values["model_type"] == "full" and not values["controlnet"]
+    in_bf16 = values["mixed_precision"] == "bf16" and run.says("base_model_default_dtype") != "fp32"
+    if row is None or values.get("gradient_precision") != "fp32" or not (whole and in_bf16):
+        return
+    if row.fact("bf16_weights", False) and not row.fact("fp32_gradients", False):
+        yield run.problem(
+            "gradient_precision",
+            f"{name} takes gradients in the dtype of the weights, here bf16; take adamw_bf16, or"
+            " remove this",
+        )
+
+
 def options_of_row(run: Proposal) -> Iterator[Problem]:
     """``optimizer_config`` and its kin hold what the chosen row takes."""
     for key, setting in SETTINGS.items():
@@ -273,5 +289,6 @@ LEARNING_CHECKS: tuple[Check, ...] = (
     warmup_is_taken,
     optimizer_takes_its_numbers,
     optimizer_fits,
+    gradients_are_taken,
     options_of_row,
 )

@@ -50,6 +50,9 @@ def build_optimizer(
     make = row.load()
     options = options_of(settings)
     decay = options.pop("weight_decay")
+    if settings.gradient_precision == "fp32":
+        for parameter in _parameters(groups).values():
+            parameter.grad_dtype = torch.float32
     if settings.prodigy_steps is not None:
         options["steps"] = settings.prodigy_steps
     ready = [
@@ -136,7 +139,7 @@ def _take_empty_step(optimizer: torch.optim.Optimizer, members: set[int]) -> Non
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = 0.0, 0.0
     for p in parameters:
-        p.grad = torch.zeros_like(p) if id(p) in members else None
+        p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if id(p) in members else None
     optimizer.step()
     with torch.no_grad():
         for p, gradient, value in kept:

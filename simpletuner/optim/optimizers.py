@@ -66,7 +66,8 @@ def _row(
     Args:
         state_bytes: What it remembers, in bytes for each fp32 weight of a large matrix.
         facts: ``cls``: the library's class. ``syncs``: a step waits for the device.
-            ``bf16_weights``: it may train weights that are held in bf16. ``on``: the kinds of
+            ``bf16_weights``: it may train weights that are held in bf16; ``fp32_gradients``: with
+            gradients that are not. ``on``: the kinds of
             device it runs on, where not all do. ``remembers``: numbers of a parameter group that a
             step changes. ``no_schedule``: its rate must not fall. ``own_rate``: it finds its rate
             itself.
@@ -126,6 +127,7 @@ _BUILT = (
         _ADAMW,
         state_bytes=8,
         bf16_weights=True,
+        fp32_gradients=True,
     ),
     _row(
         "torch-adamw",

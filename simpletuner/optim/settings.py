@@ -63,8 +63,10 @@ class OptimizerSettings(Section):
     """What max_grad_norm bounds: the length of the whole gradient (norm), or each of its numbers
     (value)."""
 
-    gradient_precision: Literal["unmodified", "fp32"] | None = setting(None, pending=True)
-    """The dtype gradients are summed in; without it, that of the trained weights."""
+    gradient_precision: Literal["unmodified", "fp32"] | None = setting(None)
+    """The dtype gradients are summed in over gradient_accumulation_steps; unmodified, as without
+    it, is that of the trained weights. fp32 matters where these are bf16 (model_type full): small
+    gradients count beside large ones, and take twice the memory."""
 
     prodigy_steps: int | None = setting(None, ge=1, unit="optimizer steps")
     """How long Prodigy looks for its learning rate; without it, the whole run."""

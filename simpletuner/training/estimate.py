@@ -204,7 +204,7 @@ def estimate(
         trained=count,
         base=shrunk.after,
         adapters=0 if whole else net * 4 or count * wide * started,
-        gradients=count * wide,
+        gradients=count * (4 if config.optimizer.gradient_precision == "fp32" else wide),
         optimizer=_remembered(config, trainable, held if whole else torch.float32),
         average=count * 4 if config.adapter.use_ema else 0,
         average_on_device=config.adapter.ema_device == "accelerator",
@@ -301,10 +301,12 @@ def _remembered(config: Config, trainable: Trainable, dtype: torch.dtype) -> int
 def _state_bytes(
     config: Config, groups: Sequence[ParamGroup], dtype: torch.dtype, device: torch.device
 ) -> int:
-    for parameter in (p for group in groups for p in group.parameters.values()):
-        parameter.data = parameter.data.to(device, dtype)
-        parameter.grad = torch.zeros_like(parameter)
+    parameters = [p for group in groups for p in group.parameters.values()]
+    for parameter in parameters:
+        parameter.grad, parameter.data = None, parameter.data.to(device, dtype)
     optimizer = build_optimizer(config.optimizer, list(groups), Seeds(0))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
     optimizer.step()
     values = [v for state in optimizer.state.values() for v in tree_leaves(state)]
     return sum(v.nbytes for v in values if isinstance(v, torch.Tensor) and v.ndim)

@@ -191,6 +191,8 @@ def _optimizer_settings(optimizer: OptimizerSettings, total_steps: int) -> dict[
     shape = ("lr_warmup_steps",) * bool(row.fact("warmup")) + row.fact("takes", ())
     bound = ("max_grad_norm", *("grad_clip_method",) * bool(optimizer.max_grad_norm))
     found = {name: settings[name] for name in ("learning_rate", "lr_scheduler", *shape, *bound)}
+    if optimizer.gradient_precision == "fp32":
+        found["gradient_precision"] = "fp32"
     if optimizer.prodigy_steps is not None:
         found["prodigy_steps"] = optimizer.prodigy_steps
     if row.fact("falls"):

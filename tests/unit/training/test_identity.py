@@ -276,6 +276,7 @@ BF16 = MappingProxyType({"mixed_precision": "bf16"})
         ("sdxl", {}, {"lora_dropout": 0.1}, "lora_dropout: was 0, now 0.1"),
         ("sdxl", {}, BF16, "mixed_precision: was no, now bf16"),
         ("sdxl", {}, {"disable_tf32": True}, "disable_tf32: was false, now true"),
+        ("sdxl", {}, {"gradient_precision": "fp32"}, "gradient_precision: was unused, now fp32"),
         (
             "sdxl",
             BF16,
