@@ -16,6 +16,7 @@ from simpletuner.models.families import FAMILIES
 from simpletuner.models.loading import is_local
 from simpletuner.optim.optimizers import OPTIMIZERS, numbers
 from simpletuner.optim.schedules import SCHEDULES
+from simpletuner.precision.quantisers import QUANTISERS
 
 _NET = "controlnet_model_name_or_path"
 _OF_LORA = (
@@ -111,10 +112,18 @@ def _lycoris_config(run: Proposal) -> Iterator[Problem]:
         yield from problems_inside(LycorisConfig, config, run.given[key])
 
 
-def whole_matrices_over_quantised(run: Proposal) -> Iterator[Problem]:
-    """LyCORIS adds whole matrices to weights that it can read and write."""
+def lycoris_over_quantised(run: Proposal) -> Iterator[Problem]:
+    """LyCORIS goes over weights that it can read, and whole matrices over those it can write."""
     config, name = run.values["lycoris_config"], run.values["base_model_precision"]
-    if run.values["lora_type"] != "lycoris" or not isinstance(config, Mapping):
+    if run.values["lora_type"] != "lycoris" or run.values["model_type"] == "full":
+        return
+    if name in QUANTISERS and (instead := QUANTISERS[name].fact("lycoris")):
+        yield run.problem(
+            "base_model_precision",
+            f"lora_type lycoris cannot read weights in {name}; take {instead}, or set lora_type"
+            " standard",
+        )
+    if not isinstance(config, Mapping):
         return
     preset = config.get("apply_preset") or {}
     maps = [preset.get(key) or {} for key in ("module_algo_map", "name_algo_map")]
@@ -147,10 +156,11 @@ def dora_over_quantised(run: Proposal) -> Iterator[Problem]:
     """DoRA reads the weights it is attached to, which quanto gives out in fp32 alone."""
     name, values = str(run.values["base_model_precision"]), run.values
     exact = values["mixed_precision"] == "no" or values["base_model_default_dtype"] == "fp32"
-    if values["use_dora"] and name.endswith("-quanto") and not exact:
+    needs = QUANTISERS[name].fact("dora_in") if name in QUANTISERS else None
+    if values["use_dora"] and needs == "fp32" and not exact:
         yield run.problem(
             "use_dora",
-            f"cannot read weights in {name} beside bf16; take int8-torchao or nf4-bnb, or set"
+            f"cannot read weights in {name} beside {values['mixed_precision']}; take int8-torchao or nf4-bnb, or set"
             " base_model_default_dtype to fp32",
         )
 
@@ -283,7 +293,7 @@ LEARNING_CHECKS: tuple[Check, ...] = (
     starts_from_the_base,
     what_is_frozen,
     dora_over_quantised,
-    whole_matrices_over_quantised,
+    lycoris_over_quantised,
     learning_rate_uses,
     rate_falls,
     warmup_is_taken,

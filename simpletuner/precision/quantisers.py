@@ -8,8 +8,19 @@ from typing import Any
 from simpletuner.core.table import Row, Table
 
 
-def _facts(module: str, bits: int, **more: Any) -> dict[str, Any]:
-    return {"module": module, "bits": bits, **more}
+def _facts(module: str, bits: int, weight_bytes: float, **more: Any) -> dict[str, Any]:
+    """What a row is known by.
+
+    Args:
+        module: The package that holds and multiplies the weights.
+        bits: Of a number.
+        weight_bytes: For each weight of a large fp32 matrix, scales included.
+        more: ``not_on``: kinds of device it does not work on, and the row to take there instead.
+            ``whole_numbers_on_cpu``: the one dtype it computes in on a CPU. ``dora_in``: the dtype
+            of the model that DoRA needs over it, where not any will do. ``lycoris``: the row to
+            take instead for an adapter of LyCORIS, which cannot read these weights.
+    """
+    return {"module": module, "bits": bits, "weight_bytes": weight_bytes, **more}
 
 
 _ELSEWHERE = MappingProxyType(
@@ -37,7 +48,7 @@ QUANTISERS = Table(
             "no_change",
             "simpletuner.precision.formats:unchanged",
             "As the checkpoint is opened: base_model_default_dtype.",
-            facts=_facts("", 0),
+            facts=_facts("", 0, 4),
         ),
         Row(
             "int8-quanto",
@@ -45,7 +56,7 @@ QUANTISERS = Table(
             "8 bits by optimum-quanto: half the memory of bf16 and hardly another model.",
             needs="train",
             # torch's int8 kernel for bf16 on a CPU reads past tensors that are not aligned.
-            facts=_facts("optimum.quanto", 8, whole_numbers_on_cpu="fp32"),
+            facts=_facts("optimum.quanto", 8, 1.002, dora_in="fp32", whole_numbers_on_cpu="fp32"),
         ),
         Row(
             "int4-quanto",
@@ -53,21 +64,21 @@ QUANTISERS = Table(
             "4 bits by optimum-quanto: a quarter of bf16, with some loss. The first use compiles"
             " its kernels for a minute or so.",
             needs="train",
-            facts=_facts("optimum.quanto", 4),
+            facts=_facts("optimum.quanto", 4, 0.5625, dora_in="fp32"),
         ),
         Row(
             "int2-quanto",
             "simpletuner.precision.formats:int2_quanto",
             "2 bits by optimum-quanto: an eighth of bf16, and another model.",
             needs="train",
-            facts=_facts("optimum.quanto", 2),
+            facts=_facts("optimum.quanto", 2, 0.3125, dora_in="fp32"),
         ),
         Row(
             "fp8-quanto",
             "simpletuner.precision.formats:fp8_quanto",
             "8-bit floats (e4m3) by optimum-quanto: half of bf16; coarser than int8-quanto.",
             needs="train",
-            facts=_facts("optimum.quanto", 8, not_on={"mps": "int8-quanto"}),
+            facts=_facts("optimum.quanto", 8, 1.002, dora_in="fp32", not_on={"mps": "int8-quanto"}),
         ),
         Row(
             "nf4-bnb",
@@ -75,21 +86,29 @@ QUANTISERS = Table(
             "4 bits by bitsandbytes, spaced for normally distributed weights (NF4, with doubly"
             " quantised scales): a quarter of bf16.",
             needs="bnb",
-            facts=_facts("bitsandbytes", 4, not_on={"mps": "int4-quanto"}),
+            facts=_facts(
+                "bitsandbytes", 4, 0.5164, lycoris="int4-quanto", not_on={"mps": "int4-quanto"}
+            ),
         ),
         Row(
             "int8-torchao",
             "simpletuner.precision.formats:int8_torchao",
             "8 bits by torchao: half the memory of bf16.",
             needs="torchao",
-            facts=_facts("torchao.quantization", 8),
+            facts=_facts("torchao.quantization", 8, 1.0024, lycoris="int8-quanto"),
         ),
         Row(
             "fp8-torchao",
             "simpletuner.precision.formats:fp8_torchao",
             "8-bit floats (e4m3) by torchao: half the memory of bf16.",
             needs="torchao",
-            facts=_facts("torchao.quantization", 8, not_on={"mps": "int8-torchao"}),
+            facts=_facts(
+                "torchao.quantization",
+                8,
+                1.002,
+                lycoris="fp8-quanto",
+                not_on={"mps": "int8-torchao"},
+            ),
         ),
     ),
     _ELSEWHERE,
