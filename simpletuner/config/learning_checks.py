@@ -160,8 +160,8 @@ def dora_over_quantised(run: Proposal) -> Iterator[Problem]:
     if values["use_dora"] and needs == "fp32" and not exact:
         yield run.problem(
             "use_dora",
-            f"cannot read weights in {name} beside {values['mixed_precision']}; take int8-torchao or nf4-bnb, or set"
-            " base_model_default_dtype to fp32",
+            f"cannot read weights in {name} beside {values['mixed_precision']}; take int8-torchao"
+            " or nf4-bnb, or set base_model_default_dtype to fp32",
         )
 
 

@@ -27,7 +27,7 @@ _ELSEWHERE = MappingProxyType(
     {
         # torchao 0.18 packs four bits for CUDA alone, and in bf16 or with another package
         **dict.fromkeys(("int4-torchao", "int8dq-int4-torchao", "fp8-int4-torchao"), "int4-quanto"),
-        # activations in eight bits as well: adapters over such a base do not learn
+        # rounds activations to eight bits as well, in training too
         "int8dq-torchao": "int8-torchao",
         **dict.fromkeys(("fp8wo-torchao", "fp8-native", "fp8-transformerengine"), "fp8-torchao"),
         "fp8uz-quanto": "fp8-quanto",
