@@ -123,7 +123,7 @@ def precision_page() -> str:
         "trains is held in fp32 whatever the optimizer, and the VAE computes in fp32 unless "
         "`vae_dtype` says otherwise. A CPU can do it, slowly.\n"
         "* `base_model_default_dtype` is what frozen weights are held in: by default what "
-        "`mixed_precision` names, or `fp32`.\n"
+        "`mixed_precision` names, or `fp32`; the formats of quanto take only the former.\n"
         "* On NVIDIA cards fp32 products round their factors to 10 bits (TF32), which is several "
         "times faster; `disable_tf32: true` keeps them exact.\n"
         "* `gradient_precision: fp32` sums gradients in fp32 where the weights that train are "

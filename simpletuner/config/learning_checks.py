@@ -155,13 +155,12 @@ def starts_from_the_base(run: Proposal) -> Iterator[Problem]:
 def dora_over_quantised(run: Proposal) -> Iterator[Problem]:
     """DoRA reads the weights it is attached to, which quanto gives out in fp32 alone."""
     name, values = str(run.values["base_model_precision"]), run.values
-    exact = values["mixed_precision"] == "no" or values["base_model_default_dtype"] == "fp32"
     needs = QUANTISERS[name].fact("dora_in") if name in QUANTISERS else None
-    if values["use_dora"] and needs == "fp32" and not exact:
+    if values["use_dora"] and needs == "fp32" and values["mixed_precision"] != "no":
         yield run.problem(
             "use_dora",
             f"cannot read weights in {name} beside {values['mixed_precision']}; take int8-torchao"
-            " or nf4-bnb, or set base_model_default_dtype to fp32",
+            " or nf4-bnb, or set mixed_precision to no",
         )
 
 

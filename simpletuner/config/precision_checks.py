@@ -38,6 +38,14 @@ def weights_can_be_quantised(run: Proposal) -> Iterator[Problem]:
             continue
         if why := quantised_in(name, run.device, "fp32" if mixed == "no" else mixed):
             yield run.problem(key, why)
+        held = run.says("base_model_default_dtype")
+        mixes = key == "base_model_precision" and mixed != "no" and held == "fp32"
+        if mixes and QUANTISERS[name].fact("one_dtype", False):
+            yield run.problem(
+                "base_model_default_dtype",
+                f"{name} computes in the dtype of its base, and fp32 is not mixed_precision"
+                f" {mixed}; remove it, or set mixed_precision to no",
+            )
         trains_it = run.values["model_type"] == "full" and not run.values["controlnet"]
         if key == "base_model_precision" and trains_it:
             yield run.problem(

@@ -17,7 +17,8 @@ def _facts(module: str, bits: int, weight_bytes: float, **more: Any) -> dict[str
         weight_bytes: For each weight of a large fp32 matrix, scales included.
         more: ``not_on``: kinds of device it does not work on, and the row to take there instead.
             ``whole_numbers_on_cpu``: the one dtype it computes in on a CPU. ``dora_in``: the dtype
-            of the model that DoRA needs over it, where not any will do. ``lycoris``: the row to
+            of the model that DoRA needs over it, where not any will do. ``one_dtype``: the weights
+            are opened in what the model computes in, or the way back fails. ``lycoris``: the row to
             take instead for an adapter of LyCORIS, which cannot read these weights.
     """
     return {"module": module, "bits": bits, "weight_bytes": weight_bytes, **more}
@@ -56,7 +57,14 @@ QUANTISERS = Table(
             "8 bits by optimum-quanto: half the memory of bf16 and hardly another model.",
             needs="train",
             # torch's int8 kernel for bf16 on a CPU reads past tensors that are not aligned.
-            facts=_facts("optimum.quanto", 8, 1.002, dora_in="fp32", whole_numbers_on_cpu="fp32"),
+            facts=_facts(
+                "optimum.quanto",
+                8,
+                1.002,
+                dora_in="fp32",
+                one_dtype=True,
+                whole_numbers_on_cpu="fp32",
+            ),
         ),
         Row(
             "int4-quanto",
@@ -64,21 +72,28 @@ QUANTISERS = Table(
             "4 bits by optimum-quanto: a quarter of bf16, with some loss. The first use compiles"
             " its kernels for a minute or so.",
             needs="train",
-            facts=_facts("optimum.quanto", 4, 0.5625, dora_in="fp32"),
+            facts=_facts("optimum.quanto", 4, 0.5625, dora_in="fp32", one_dtype=True),
         ),
         Row(
             "int2-quanto",
             "simpletuner.precision.formats:int2_quanto",
             "2 bits by optimum-quanto: an eighth of bf16, and another model.",
             needs="train",
-            facts=_facts("optimum.quanto", 2, 0.3125, dora_in="fp32"),
+            facts=_facts("optimum.quanto", 2, 0.3125, dora_in="fp32", one_dtype=True),
         ),
         Row(
             "fp8-quanto",
             "simpletuner.precision.formats:fp8_quanto",
             "8-bit floats (e4m3) by optimum-quanto: half of bf16; coarser than int8-quanto.",
             needs="train",
-            facts=_facts("optimum.quanto", 8, 1.002, dora_in="fp32", not_on={"mps": "int8-quanto"}),
+            facts=_facts(
+                "optimum.quanto",
+                8,
+                1.002,
+                dora_in="fp32",
+                one_dtype=True,
+                not_on={"mps": "int8-quanto"},
+            ),
         ),
         Row(
             "nf4-bnb",

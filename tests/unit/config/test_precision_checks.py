@@ -39,9 +39,9 @@ def test_dora_needs_a_base_that_gives_its_weights_out(place: Workplace) -> None:
     place.config(mixed_precision="fp16", **quanto)
     assert place.messages() == [
         "use_dora: cannot read weights in int4-quanto beside fp16; take int8-torchao or nf4-bnb, or"
-        " set base_model_default_dtype to fp32"
+        " set mixed_precision to no"
     ]
-    place.config(mixed_precision="fp16", base_model_default_dtype="fp32", **quanto)
+    place.config(mixed_precision="no", **quanto)
     assert place.messages() == []
     place.config(base_model_precision="nf4-bnb", use_dora=True)
     assert place.messages() == []
@@ -52,3 +52,14 @@ def test_a_format_of_another_trainer_names_one_that_is_here(place: Workplace) ->
     (message,) = place.messages()
     assert message.startswith("base_model_precision: int4-torchao is not offered here")
     assert message.endswith("take int4-quanto")
+
+
+def test_quanto_s_weights_are_opened_in_what_computes(place: Workplace) -> None:
+    """In another dtype its step back fails; those of other packages do not mind."""
+    place.config(base_model_precision="int4-quanto", base_model_default_dtype="fp32")
+    assert place.messages() == [
+        "base_model_default_dtype: int4-quanto computes in the dtype of its base, and fp32 is not"
+        " mixed_precision bf16; remove it, or set mixed_precision to no"
+    ]
+    place.config(base_model_precision="nf4-bnb", base_model_default_dtype="fp32")
+    assert place.messages() == []

@@ -53,6 +53,17 @@ def test_dora_learns_where_the_table_says_so(name: str, dtype: str, tiny_sdxl: P
         assert learns(tiny_sdxl, name, dtype, use_dora=True)
 
 
+@pytest.mark.parametrize("name", [n for n in FORMATS if not QUANTISERS[n].fact("one_dtype")])
+def test_weights_opened_in_fp32_learn_in_bf16_where_the_table_says_so(
+    name: str, tiny_sdxl: Path
+) -> None:
+    bf16 = Place(CPU, torch.bfloat16)
+    stepper = build_stepper(tiny_sdxl, bf16, torch.float32, base_format=name, learning_rate=1e-2)
+    window = window_of(make_batch(1, 2))
+    losses = [stepper.step(0, window).loss.item() for _ in range(6)]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("name", [n for n in FORMATS if not QUANTISERS[n].fact("lycoris")])
 def test_lycoris_learns_where_the_table_says_so(name: str, algo: str, tiny_sdxl: Path) -> None:
