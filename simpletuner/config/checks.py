@@ -10,6 +10,7 @@ from simpletuner.config.learning_checks import LEARNING_CHECKS
 from simpletuner.config.objective_checks import OF_THE_OBJECTIVE
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.config.read import SECRET, looks_secret
+from simpletuner.config.text_encoder_checks import TEXT_ENCODER_CHECKS
 from simpletuner.core.errors import ConfigError, Problem, did_you_mean
 from simpletuner.models.families import FAMILIES, predicted_by
 from simpletuner.precision.quantisers import QUANTISERS, quantised_in
@@ -186,6 +187,7 @@ def no_secrets(run: Proposal) -> Iterator[Problem]:
 CHECKS: tuple[Check, ...] = (
     *OF_THE_OBJECTIVE,
     *LEARNING_CHECKS,
+    *TEXT_ENCODER_CHECKS,
     flavour_of_family,
     prediction_of_family,
     prediction_of_zero_snr,

@@ -24,11 +24,12 @@ from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Batch, Geometry, ParamGroup, Place, Sample
 from simpletuner.diffusion.objective import objective_of
 from simpletuner.models.control import PICTURE
+from simpletuner.models.encoders import TextEncoders
 from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.precision.dtypes import run_dtype
 from simpletuner.precision.fit import fit
-from simpletuner.precision.quantise import held_bytes
+from simpletuner.precision.quantise import Quantiser, held_bytes
 from simpletuner.training.held import held_in
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Estimate:
         weights: Of the denoiser.
         trained: Those that train.
         base: What holds the denoiser's weights.
+        encoders: What holds text encoders that stay loaded because some of them train.
         adapters: What holds trained weights beside the denoiser's own; 0 for full fine-tuning.
         gradients: Of what trains.
         optimizer: What the optimizer remembers.
@@ -65,6 +67,7 @@ class Estimate:
     weights: int
     trained: int
     base: int
+    encoders: int
     adapters: int
     gradients: int
     optimizer: int
@@ -79,8 +82,8 @@ class Estimate:
     @property
     def device(self) -> int:
         """All that a training step holds on the device."""
-        held = self.base + self.adapters + self.gradients + self.optimizer + self.activations
-        return held + self.average * self.average_on_device
+        held = self.base + self.encoders + self.adapters + self.gradients + self.optimizer
+        return held + self.activations + self.average * self.average_on_device
 
 
 class Live(TorchDispatchMode):
@@ -178,14 +181,17 @@ def estimate(
     base = held_bytes(denoiser, name)
     # where adapters start costs nothing, and needs weights
     chosen = config.adapter.model_copy(update={"lora_init_type": "default", "init_lora": None})
-    trainable = attach(denoiser, family, chosen)
+    trains_text = config.adapter.train_text_encoder
+    encoders = TextEncoders.blueprint(family, Place(_META, dtype)) if trains_text else None
+    kept = _encoder_bytes(config, encoders) if encoders else 0
+    trainable = attach(denoiser, family, chosen, encoders)
     for module in trainable.modules:
         Module.to(module, _META, dtype)
     fit(trainable.modules, config.precision)
     trained = [(n, p.numel()) for n, p in trainable.parameters().items()]
     count = sum(numel for _, numel in trained)
     started = 1 + (config.adapter.lora_init_type in STARTS)
-    nets = [module for module in trainable.modules if module is not denoiser]
+    nets = [m for m in trainable.modules if m is not denoiser] if not encoders else []
     net = sum(t.numel() for each in nets for t in (*each.parameters(), *each.buffers()))
     wide = held.itemsize if whole else 4
     width, height = _largest(sources)
@@ -197,17 +203,25 @@ def estimate(
         weights=weights,
         trained=count,
         base=base,
+        encoders=kept,
         adapters=0 if whole else net * 4 or count * wide * started,
         gradients=count * wide,
         optimizer=_remembered(config, trainable, held if whole else torch.float32),
         average=count * 4 if config.adapter.use_ema else 0,
         average_on_device=config.adapter.ema_device == "accelerator",
         activations=activations,
-        cache=cache_bytes(family, [*sources, *beside], dtype),
+        cache=cache_bytes(family, [*sources, *beside], dtype, keeps_text=not trains_text),
         width=width,
         height=height,
         batch=batch,
     )
+
+
+def _encoder_bytes(config: Config, encoders: TextEncoders) -> int:
+    """What holds all text encoders, in the formats that the settings name."""
+    quantiser = Quantiser(config.precision)
+    found = encoders.modules.items()
+    return sum(held_bytes(module, quantiser.format(part)) for part, module in found)
 
 
 def _largest(sources: Sequence[DataSource]) -> tuple[int, int]:
@@ -303,12 +317,16 @@ def _state_bytes(
     return sum(v.nbytes for v in values if isinstance(v, torch.Tensor) and v.ndim)
 
 
-def cache_bytes(family: Family, sources: Sequence[DataSource], dtype: torch.dtype) -> int:
+def cache_bytes(
+    family: Family, sources: Sequence[DataSource], dtype: torch.dtype, *, keeps_text: bool = True
+) -> int:
     """Latents of every picture and the conditioning of every caption, without the files' heads."""
     channels, factor = family.latent_shape
     pictures = [*sources, *encoded_beside(family, sources)]
     cells = sum(int((each.buckets // factor).prod(1).sum()) for each in pictures)
     captions = set[str]().union(*(source.all_captions() for source in sources)) | {""}
+    if not keeps_text:
+        captions.clear()
     each = sum(
         torch.Size(shape).numel() * (1 if name.endswith("_mask") else dtype.itemsize)
         for name, shape in family.text_shapes.items()

@@ -19,6 +19,7 @@ from simpletuner.core.types import Place
 from simpletuner.data.opening import open_sources
 from simpletuner.data.plan import BatchPlan
 from simpletuner.data.report import DataReport
+from simpletuner.models.encoders import TextEncoders
 from simpletuner.models.loading import open_family
 from simpletuner.optim.build import build_optimizer
 from simpletuner.precision.dtypes import run_dtype
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from simpletuner.core.files import RunFolder
     from simpletuner.data.settings import Datasets
     from simpletuner.data.source import DataSource
+    from simpletuner.models.family import Family
 
 
 def train(config: Config, datasets: Datasets, folder: RunFolder, bus: Bus) -> Path:
@@ -117,17 +119,15 @@ def _train(
     prompts = Prompts.of(config.validation)
     quantiser = Quantiser(config.precision)
     caches = precompute(
-        family, found, prompts, datasets, config.cache, quantiser, seeds, place, bus
+        *(family, found, prompts, datasets, config.cache, quantiser, seeds, place, bus),
+        trains_text=config.adapter.train_text_encoder,
     )
     # 3. the plan: which samples each step sees, and when the run ends
     sources = caches.sources[:drawn]
     same = sources == tuple(found[:drawn])  # all of it could be encoded
     plan, timetable = planned if same else _planned(config, sources, seeds, place)
     # 4. the denoiser with what trains on it
-    shrink = with_preset(config.adapter, family, quantiser)
-    denoiser = family.open_denoiser(Place(place.device, held_in(config)), shrink)
-    seeds.reseed_torch("adapter")
-    trainable = attach(denoiser, family, config.adapter)
+    trainable, encoders = _opened(config, family, quantiser, seeds, place)
     fit(trainable.modules, config.precision)
     optimizer = build_optimizer(config.optimizer, trainable.groups(), seeds)
     weights = Weights(trainable, optimizer, Ema.of(trainable.parameters(), config.adapter))
@@ -145,7 +145,8 @@ def _train(
         place, family, weights, config.diffusion, config.optimizer, timetable.total_steps, seeds
     )
     validator = Validator(
-        family, weights, caches, prompts, config.validation, folder, place, bus, control.leaving
+        *(family, weights, caches, encoders.shown if encoders else caches.embeds, prompts),
+        *(config.validation, folder, place, bus, control.leaving),
     )
     duties = {
         "checkpoint": saver.save,
@@ -159,6 +160,19 @@ def _train(
         file, verified = _export(trainable, folder, report.metadata(state))
     report.finished(state, file, verified)
     return file
+
+
+def _opened(
+    config: Config, family: Family, quantiser: Quantiser, seeds: Seeds, place: Place
+) -> tuple[Trainable, TextEncoders | None]:
+    """The denoiser with what trains on it, and the text encoders if they train."""
+    adapter = config.adapter
+    shrink = with_preset(adapter, family, quantiser)
+    denoiser = family.open_denoiser(Place(place.device, held_in(config)), shrink)
+    trains_text = adapter.train_text_encoder
+    encoders = TextEncoders.opened(family, place, quantiser) if trains_text else None
+    seeds.reseed_torch("adapter")
+    return attach(denoiser, family, adapter, encoders), encoders
 
 
 def _export(

@@ -96,7 +96,8 @@ class Trainer:
             window = self._window(state, told)
             # 2. one optimizer step
             outcome = self._stepper.step(state.step, window)
-            guard.watch(outcome.loss)
+            captions = (sample.caption for _, batch in window for sample in batch.samples)
+            guard.watch(outcome.loss, captioned=any(captions))
             taken = _Taken(
                 state.step, outcome.lr, _Reading(outcome), window, 0.0, self._plan.epoch(state.step)
             )
