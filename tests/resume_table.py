@@ -36,6 +36,7 @@ def _lycoris(algo: str, **more: Any) -> dict[str, Any]:
 METHODS_TRIED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "lora": {"lora_dropout": 0.1},
+        "lora-text": {"train_text_encoder": True, "text_encoder_lr": 5e-4, "lora_dropout": 0.1},
         "rslora": {"use_rslora": True},
         "dora": {"use_dora": True},
         "pissa": {"lora_init_type": "pissa"},

@@ -23,27 +23,28 @@ _HEADER = "lora_adapter_metadata"
 def write_lora(
     path: Path,
     tensors: Mapping[str, Tensor],
-    prefix: str,
-    config: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
     metadata: Mapping[str, str],
 ) -> None:
     """Write a LoRA file atomically.
 
     Args:
         tensors: ``<prefix>.<module>.lora_A.weight`` and ``lora_B``, contiguous.
-        config: peft's own description of the adapter.
+        configs: peft's own description of each part's adapter, by its prefix, the denoiser first.
         metadata: Facts for the reader; no paths, no secrets.
     """
     adapter = {
         f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value
+        for prefix, config in configs.items()
         for key, value in config.items()
         if key not in ("base_model_name_or_path", "auto_mapping")
     }
+    first = next(iter(configs.values()))
     header = {
         "format": "pt",
         _HEADER: json.dumps(adapter, indent=2, sort_keys=True),
-        "ss_network_dim": str(config["r"]),
-        "ss_network_alpha": f"{config['lora_alpha']:g}",
+        "ss_network_dim": str(first["r"]),
+        "ss_network_alpha": f"{first['lora_alpha']:g}",
         **metadata,
     }
     write_tensors(path, tensors, header)

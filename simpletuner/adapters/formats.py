@@ -20,6 +20,7 @@ from torch import Tensor
 from simpletuner.adapters.export import adapter_metadata, write_lora
 from simpletuner.core.errors import ConfigError, ModelError
 from simpletuner.core.tensors import read_tensors, write_tensors
+from simpletuner.models.encoders import CLIP, is_text, module_of, named_in
 from simpletuner.models.original import OriginalNames, Place, swapped
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Change:
 
 
 Changes = Mapping[str, Change]
-"""By the module's name in diffusers, within the denoiser."""
+"""By the module's name in diffusers: within the denoiser, or with the text encoder's before it."""
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -65,15 +66,15 @@ Changes = Mapping[str, Change]
 def read_changes(
     path: Path, family: type[Family], names: OriginalNames | None = None
 ) -> dict[str, Change]:
-    """A LoRA of the denoiser in any of the layouts.
+    """A LoRA of the denoiser, and of text encoders that can train, in any of the layouts.
 
     Args:
         names: The table of the denoiser at hand; without it, that of the family's base model.
 
     Raises:
         ConfigError: There is no such file.
-        ModelError: It cannot be read, or holds what is not a LoRA of this family's denoiser; names
-            the first key.
+        ModelError: It cannot be read, or holds what is not a LoRA of this family; names the first
+            key.
     """
     from safetensors import SafetensorError
 
@@ -150,6 +151,9 @@ def _placed(
     prefix = f"{family.denoiser}."
     if module.startswith(prefix):
         return {module.removeprefix(prefix): change}
+    text = module_of(module, family.trained_text)
+    if text is not None:
+        return {text: change}
     for begin, flat in (("diffusion_model.", False), ("lora_unet_", True), ("lycoris_", True)):
         if not module.startswith(begin):
             continue
@@ -215,9 +219,13 @@ def write_changes(
     tensors: dict[str, Tensor] = {}
     comfy = layout == "comfyui"
     ends = ("lora_A.weight", "lora_B.weight") if comfy else ("lora_down.weight", "lora_up.weight")
-    named = _named(changes, layout, family, names or family.original)
-    for module, change in named.items():
-        begin = f"diffusion_model.{module}" if comfy else f"lora_unet_{module.replace('.', '_')}"
+    text, ours = _split_text(changes)
+    named = {
+        f"diffusion_model.{module}" if comfy else f"lora_unet_{module.replace('.', '_')}": change
+        for module, change in _named(ours, layout, family, names or family.original).items()
+    }
+    named |= {named_in(layout, name, family.trained_text): change for name, change in text.items()}
+    for begin, change in named.items():
         tensors[f"{begin}.{ends[0]}"] = change.down.contiguous()
         tensors[f"{begin}.{ends[1]}"] = change.up.contiguous()
         tensors[f"{begin}.alpha"] = torch.tensor(change.alpha)
@@ -234,6 +242,12 @@ def write_changes(
         **metadata,
     }
     write_tensors(path, tensors, header)
+
+
+def _split_text(changes: Changes) -> tuple[dict[str, Change], dict[str, Change]]:
+    """Those of text encoders, and those of the denoiser."""
+    text = {name: change for name, change in changes.items() if is_text(name)}
+    return text, {name: change for name, change in changes.items() if name not in text}
 
 
 def _named(
@@ -292,22 +306,35 @@ def _one(module: str, held: Mapping[int, Change], shares: tuple[int, ...]) -> Ch
 def _write_diffusers(
     path: Path, changes: Changes, family: type[Family], metadata: Mapping[str, str]
 ) -> None:
+    text, ours = _split_text(changes)
+    parts = {family.denoiser: ours} if ours else {}
+    for name, change in text.items():
+        part, _, module = name.partition(".")
+        parts.setdefault(part, {})[module] = change
+    tensors: dict[str, Tensor] = {}
+    for part, held in parts.items():
+        size = "lora_magnitude_vector" + ".weight" * is_text(part)  # as each loader reads it
+        for module, change in held.items():
+            begin = f"{part}.{module}"
+            tensors[f"{begin}.lora_A.weight"] = change.down.contiguous()
+            tensors[f"{begin}.lora_B.weight"] = change.up.contiguous()
+            if change.magnitude is not None:
+                tensors[f"{begin}.{size}"] = change.magnitude.contiguous()
+    write_lora(path, tensors, {part: _told(held) for part, held in parts.items()}, metadata)
+
+
+def _told(changes: Changes) -> dict[str, Any]:
+    """What peft says of the adapter of one part, by its modules' names in it."""
     from peft import LoraConfig
 
-    first = next(iter(changes.values()))
+    named = {name.removeprefix(CLIP): change for name, change in changes.items()}
+    first = next(iter(named.values()))
     config = LoraConfig(
         r=first.rank,
         lora_alpha=first.alpha,  # type: ignore[arg-type]
-        target_modules=sorted(changes),
+        target_modules=sorted(named),
         use_dora=first.magnitude is not None,
-        rank_pattern={n: c.rank for n, c in changes.items() if c.rank != first.rank},
-        alpha_pattern={n: c.alpha for n, c in changes.items() if c.alpha != first.alpha},
+        rank_pattern={n: c.rank for n, c in named.items() if c.rank != first.rank},
+        alpha_pattern={n: c.alpha for n, c in named.items() if c.alpha != first.alpha},
     )
-    tensors: dict[str, Tensor] = {}
-    for module, change in changes.items():
-        begin = f"{family.denoiser}.{module}"
-        tensors[f"{begin}.lora_A.weight"] = change.down.contiguous()
-        tensors[f"{begin}.lora_B.weight"] = change.up.contiguous()
-        if change.magnitude is not None:
-            tensors[f"{begin}.lora_magnitude_vector"] = change.magnitude.contiguous()
-    write_lora(path, tensors, family.denoiser, config.to_dict(), metadata)
+    return config.to_dict()

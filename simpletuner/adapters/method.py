@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from simpletuner.adapters.settings import AdapterSettings
     from simpletuner.core.types import Batch, Draw, ParamGroup
+    from simpletuner.models.encoders import TextEncoders
     from simpletuner.models.family import Family
 
 
@@ -116,12 +117,23 @@ def method_of(settings: AdapterSettings) -> Row:
     return METHODS[settings.trains]
 
 
-def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Trainable:
+def attach(
+    denoiser: nn.Module,
+    family: Family,
+    settings: AdapterSettings,
+    encoders: TextEncoders | None = None,
+) -> Trainable:
     """Make a denoiser train as the settings say.
+
+    Args:
+        denoiser: What predicts.
+        family: Whose it is.
+        settings: Of the method.
+        encoders: Text encoders that train beside it, which is for plain LoRA alone.
 
     Raises:
         ConfigError: The settings do not fit it.
     """
-    method = method_of(settings)
-    trainable: Trainable = method.load()(denoiser, family, settings)
+    make, beside = method_of(settings).load(), {"encoders": encoders} if encoders else {}
+    trainable: Trainable = make(denoiser, family, settings, **beside)
     return trainable

@@ -9,6 +9,7 @@ import torch
 from simpletuner.adapters.export import lora_file
 from simpletuner.adapters.formats import read_changes
 from simpletuner.core.errors import ConfigError
+from simpletuner.models.encoders import is_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,6 +41,12 @@ def fuse(denoiser: nn.Module, name: str, family: Family) -> None:
     path = lora_file(name)
     modules = dict(denoiser.named_modules())
     changes = read_changes(path, type(family), family.names_of(denoiser))
+    if any(is_text(place) for place in changes):
+        raise ConfigError(
+            f"preset_lora_path: {path.name} changes the text encoders too, and only the denoiser"
+            " takes one",
+            fix="name a LoRA of the denoiser alone, or remove it",
+        )
     for place, change in changes.items():
         weight = getattr(modules.get(place), "weight", None)
         delta = change.delta()

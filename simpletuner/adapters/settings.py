@@ -98,8 +98,10 @@ class AdapterSettings(Section):
     """What of the model stays as it is under model_type full: nothing, or all but the biases
     (bitfit), which takes far less memory and learns less."""
 
-    train_text_encoder: bool = setting(False, pending=True)
-    """Also train the text encoders."""
+    train_text_encoder: bool = setting(False)
+    """Give the CLIP text encoders a LoRA too, of the same rank and in the same file: new words are
+    learned better, and others forgotten sooner. Only beside a plain LoRA; captions are then encoded
+    anew in each step, without a cache, and all text encoders stay loaded."""
 
     controlnet: bool = setting(False)
     """Train a ControlNet beside the model, which stays as it is: a net that sees a control picture.

@@ -27,11 +27,12 @@ class Caches:
 
     Args:
         sources: The datasets, in the plan's order, then those that it does not draw from.
+        text: None where captions are encoded in the step: a batch then has no embeds.
     """
 
     sources: tuple[DataSource, ...]
     latents: LatentCache
-    text: TextCaches
+    text: TextCaches | None
     seeds: Seeds
     masks: MaskCache
     controls: ControlCache
@@ -46,7 +47,7 @@ class Caches:
         latents = self.latents.latents(source, samples, planned.epoch)
         return Batch(
             latents=latents,
-            embeds=self.text.of(source.id).embeds([sample.caption for sample in samples]),
+            embeds=self._embeds(source.id, [sample.caption for sample in samples]),
             samples=samples,
             mask=self.masks.masks(
                 source, planned.rows, samples, (latents.shape[-2], latents.shape[-1])
@@ -54,8 +55,12 @@ class Caches:
             controls=self.controls.controls(source, planned.rows, samples, planned.epoch),
         )
 
+    def _embeds(self, dataset: str, captions: Sequence[str]) -> Embeds:
+        return {} if self.text is None else self.text.of(dataset).embeds(captions)
+
     def embeds(self, captions: Sequence[str]) -> Embeds:
         """The conditioning of prompts that were prepared, [B, …]."""
+        assert self.text is not None, "what is encoded in the step is not asked here"
         return self.text.default.embeds(captions)
 
     def open_vae(self) -> Any:
@@ -65,4 +70,5 @@ class Caches:
     def close(self) -> None:
         """Let VAE and text encoders go, and seal what was encoded on demand."""
         self.latents.close()
-        self.text.close()
+        if self.text is not None:
+            self.text.close()

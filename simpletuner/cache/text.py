@@ -23,7 +23,7 @@ from simpletuner.cache.stage import (
     require_finite,
 )
 from simpletuner.cache.store import naming
-from simpletuner.cache.truncation import cut_captions
+from simpletuner.cache.truncation import tell_cut
 from simpletuner.core.errors import CacheError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class TextCache:
         if not new:
             nothing_to_encode(STAGE, len(wanted), bus)
             return
-        self._tell_cut({title: sorted(new & each) for title, each in held.items()}, bus)
+        tell_cut(self._family, {title: sorted(new & each) for title, each in held.items()}, bus)
         if self._live:
             when = "first needs it" if self._keeps else "needs it"
             bus.notice(
@@ -184,13 +184,6 @@ class TextCache:
             self._pipe = self._family.open_text(self._place, self._encoders)
         return self._pipe
 
-    def _tell_cut(self, captions: Mapping[str, Sequence[str]], bus: Bus) -> None:
-        """Say once, before they are encoded, which captions the encoders see only in part."""
-        tokenizers = self._family.open_tokenizers()
-        for title, texts in captions.items():
-            for cut in cut_captions(self._family, tokenizers, texts):
-                bus.notice(cut.told(title, len(texts)), "warning" if cut.lost else "info")
-
     def _encode(self, captions: dict[bytes, str], bus: Bus) -> list[ref[torch.nn.Module]]:
         """Encode `captions`; returns the encoders, which were let go."""
         keys = list(captions)
@@ -262,7 +255,11 @@ class TextCaches:
             bus: Told of progress.
         """
         for cache in self.all:
-            own = {f"dataset {n}": each for n, each in captions.items() if self.of(n) is cache}
-            if cache is self.default:
-                own["validation prompts"] = prompts
-            cache.prepare(own, bus)
+            own = {name: each for name, each in captions.items() if self.of(name) is cache}
+            cache.prepare(titled(own, prompts if cache is self.default else ()), bus)
+
+
+def titled(captions: Mapping[str, Iterable[str]], prompts: Iterable[str]) -> dict[str, set[str]]:
+    """Captions, which are given by the id of their dataset, and prompts, as messages call them."""
+    found = {f"dataset {name}": set(each) for name, each in captions.items()}
+    return {**found, "validation prompts": set(prompts)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from simpletuner.core.events import Bus
     from simpletuner.models.family import Family
 
 CHUNK = 4096
@@ -73,6 +74,18 @@ def cut_captions(
         Cut(tuple(names), window, count, longest, tokens, window == widest)
         for (window, count, longest, tokens), names in found.items()
     ]
+
+
+def tell_cut(family: Family, captions: Mapping[str, Sequence[str]], bus: Bus) -> None:
+    """Say once, before they are encoded, which captions the encoders see only in part.
+
+    Args:
+        captions: By whose they are, each once.
+    """
+    tokenizers = family.open_tokenizers()
+    for title, texts in captions.items():
+        for cut in cut_captions(family, tokenizers, texts):
+            bus.notice(cut.told(title, len(texts)), "warning" if cut.lost else "info")
 
 
 def _lengths(tokenizer: Any, captions: Sequence[str]) -> Iterator[int]:

@@ -11,6 +11,7 @@ from simpletuner.config.objective_checks import OF_THE_OBJECTIVE
 from simpletuner.config.precision_checks import PRECISION_CHECKS
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.config.read import SECRET, looks_secret
+from simpletuner.config.text_encoder_checks import TEXT_ENCODER_CHECKS
 from simpletuner.core.errors import ConfigError, Problem, did_you_mean
 from simpletuner.models.families import FAMILIES, predicted_by
 from simpletuner.validation.prompts import Prompts
@@ -161,6 +162,7 @@ CHECKS: tuple[Check, ...] = (
     *OF_THE_OBJECTIVE,
     *LEARNING_CHECKS,
     *PRECISION_CHECKS,
+    *TEXT_ENCODER_CHECKS,
     flavour_of_family,
     prediction_of_family,
     prediction_of_zero_snr,

@@ -19,6 +19,7 @@ from simpletuner.config.embeds import (
     idle,
     misnamed,
     two_defaults,
+    unkept,
 )
 from simpletuner.config.flat import (
     Setting,
@@ -77,6 +78,7 @@ class Surroundings:
         given: What the user wrote in the settings, by key.
         model_family: Of the run; empty while it is not known.
         trains: What the run trains: lora, full, or controlnet.
+        trains_text: True if text encoders train.
         flow_law: The setting whose law noise levels are drawn by; None for the logit-normal.
         output_dir: Of the run.
         environ: The environment variables.
@@ -90,6 +92,7 @@ class Surroundings:
     given: Mapping[str, Given]
     model_family: str
     trains: str
+    trains_text: bool
     flow_law: str | None
     output_dir: Path
     environ: Mapping[str, str]
@@ -443,7 +446,9 @@ def _choose_text_embeds(
     """Where captions are kept, and where those of datasets that name an entry, by their ids."""
     entries = (found.pictures, found.text_embeds, found.image_embeds)
     found.problems += [*two_defaults(found.text_embeds), *misnamed(*entries)]
-    found.notes += idle(*entries)
+    found.notes += idle(*entries, trains_text=around.trains_text)
+    if around.trains_text:
+        found.problems += unkept(found.text_embeds)
 
     def inherited(entry: TextEmbedsSettings) -> TextEmbedsSettings:
         return inherit_text_embeds(

@@ -47,16 +47,33 @@ def misnamed(
             yield each.given["image_embeds"].problem(message)
 
 
+def unkept(text_embeds: Sequence[TextRead]) -> Iterator[Problem]:
+    """Entries that would keep what text encoders that train make of a caption."""
+    for entry, given in text_embeds:
+        if entry.text_cache_ondemand and "text_cache_ondemand" in given:
+            yield given["text_cache_ondemand"].problem(
+                "keeps what a caption was encoded to, and train_text_encoder changes that with"
+                " every step; remove one of them"
+            )
+
+
 def idle(
     pictures: Sequence[Read],
     text_embeds: Sequence[TextRead],
     image_embeds: Mapping[str, ImageEmbedsSettings],
+    *,
+    trains_text: bool,
 ) -> Iterator[str]:
     """Names the entries that keep nothing."""
     default = default_text_embeds(text_embeds).id
     named = {each.settings.text_embeds for each in pictures} | {default}
     for entry, _ in text_embeds:
-        if entry.id not in named:
+        if trains_text:
+            yield (
+                f"text_embeds entry {entry.id} is not used: under train_text_encoder captions are"
+                " encoded anew in each step"
+            )
+        elif entry.id not in named:
             yield f"text_embeds entry {entry.id} is not used; {default} keeps all captions"
     named = {each.settings.image_embeds for each in pictures}
     for name in image_embeds:

@@ -223,6 +223,7 @@ class _Loading:
             given=given,
             model_family=str(values.get("model_family", "")),
             trains=adapter.trains if isinstance(adapter, AdapterSettings) else "lora",
+            trains_text=isinstance(adapter, AdapterSettings) and adapter.train_text_encoder,
             flow_law=None if diffusion is None else flow_law(dict(diffusion)),
             output_dir=output_dir,
             environ=self.environ,

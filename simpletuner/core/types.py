@@ -6,6 +6,7 @@ Letters: B batch, C channels, F frames, H W height width, L tokens, D width; *S 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,15 @@ class Place:
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Autocast for one forward: a longer block would keep stale copies of the adapters."""
+        import torch
+
+        if self.dtype == torch.float32 or self.device.type == "meta":
+            return nullcontext()
+        context: AbstractContextManager[object] = torch.autocast(self.device.type, self.dtype)
+        return context
 
 
 @dataclass(frozen=True)
@@ -189,12 +199,14 @@ class ParamGroup:
         parameters: By name, in a stable order.
         decay: False keeps weight decay off them.
         lr_scale: Multiplies the learning rate.
+        text: They are of text encoders, which may have a learning rate of their own.
     """
 
     name: str
     parameters: Mapping[str, torch.nn.Parameter]
     decay: bool = True
     lr_scale: float = 1.0
+    text: bool = False
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,20 @@ class Checkpoint:
             part, lambda: cls.from_pretrained(self.folder / part, local_files_only=True)
         )
 
+    def text_blueprint(self, part: str, dtype: torch.dtype) -> Any:
+        """A text encoder on the ``meta`` device, frozen, or a tokenizer; None where it has none."""
+        import torch
+        import transformers
+
+        if not self.has(part):
+            return None
+        if part.startswith("tokenizer"):
+            return self.open_tokenizer(part)
+        cls = getattr(transformers, self.index[part][1])
+        with torch.device("meta"):
+            model = cls(cls.config_class.from_pretrained(self.folder / part))
+        return model.to(dtype).requires_grad_(False).eval()
+
     def has(self, part: str) -> bool:
         """True if the pipeline comes with `part`; a refiner has one text encoder only."""
         return all(self.index.get(part) or (None,))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from simpletuner.core.types import Batch, Draw, Embeds, Place, Sample
     from simpletuner.models.checkpoint import Checkpoint
     from simpletuner.models.control import ControlNet
+    from simpletuner.models.encoders import TrainedEncoder
 
     Shrink = Callable[[str, nn.Module, torch.device], None]
     """Given a part's name, the part, frozen and on the CPU, and the device it goes to next."""
@@ -86,6 +87,8 @@ class Family(ABC):
     """The components that turn captions into conditioning."""
     text_outputs: ClassVar[tuple[str | None, ...]]
     """Names for what the pipeline's ``encode_prompt`` returns; None for what is not kept."""
+    trained_text: ClassVar[Mapping[str, TrainedEncoder]] = MappingProxyType({})
+    """Those of `text_parts` that can train beside the denoiser; the stock loader reads these."""
     layouts: ClassVar[Mapping[str, str]]
     """How each kept output is batched: ``stack``."""
     lora_targets: ClassVar[tuple[str, ...]]
@@ -333,16 +336,16 @@ class Family(ABC):
         return {"do_classifier_free_guidance": False, **self.prompt_arguments}
 
     def encode_text(self, pipe: Any, captions: Sequence[str]) -> list[Embeds]:
-        """One mapping per caption, tensors without the batch dimension, in the encoder's dtype."""
-        import torch
+        """One mapping per caption, tensors without the batch dimension, in the encoder's dtype.
 
-        with torch.no_grad():
-            outputs = pipe.encode_prompt(
-                list(captions),
-                device=pipe.device,
-                num_images_per_prompt=1,
-                **self.encoder_arguments,
-            )
+        With a graph where an encoder trains.
+        """
+        outputs = pipe.encode_prompt(
+            list(captions),
+            device=pipe.device,
+            num_images_per_prompt=1,
+            **self.encoder_arguments,
+        )
         named = zip(self.text_outputs, outputs, strict=True)
         kept = {name: output for name, output in named if name is not None}
         return [{name: output[i] for name, output in kept.items()} for i in range(len(captions))]

@@ -47,6 +47,7 @@ def build_optimizer(
     """
     assert len({group.name for group in groups}) == len(groups), "state is kept by group name"
     row = OPTIMIZERS[settings.optimizer]
+    scales = [g.lr_scale * (settings.text_share if g.text else 1.0) for g in groups]
     make = row.load()
     options = options_of(settings)
     decay = options.pop("weight_decay")
@@ -61,12 +62,12 @@ def build_optimizer(
             "names": list(group.parameters),
             "params": list(group.parameters.values()),
             "weight_decay": decay if group.decay else 0.0,
-            "lr": settings.learning_rate * group.lr_scale,
-            "lr_scale": group.lr_scale,
+            "lr": settings.learning_rate * scale,
+            "lr_scale": scale,
             "optimizer": row.name,
             "remembers": row.fact("remembers", ()),
         }
-        for group in groups
+        for group, scale in zip(groups, scales, strict=True)
     ]
     optimizer: torch.optim.Optimizer = make(
         ready, cls=row.fact("cls"), seed=seeds.seed, lr=settings.learning_rate, **options

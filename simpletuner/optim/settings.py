@@ -71,8 +71,9 @@ class OptimizerSettings(Section):
     prodigy_steps: int | None = setting(None, ge=1, unit="optimizer steps")
     """How long Prodigy looks for its learning rate; without it, the whole run."""
 
-    text_encoder_lr: float | None = setting(None, pending=True, gt=0)
-    """The learning rate of trained text encoders; without it, learning_rate."""
+    text_encoder_lr: float | None = setting(None, gt=0, le=10)
+    """The learning rate of the text encoders under train_text_encoder, which lr_scheduler changes
+    by the same factor; without it, learning_rate."""
 
     @field_validator("lr_scheduler", mode="before")
     @classmethod
@@ -105,6 +106,11 @@ class OptimizerSettings(Section):
         if value >= 1 and value != int(value):
             raise ValueError("is a whole number of steps, or a share below 1")
         return int(value) if value == int(value) else value
+
+    @property
+    def text_share(self) -> float:
+        """The learning rate of text encoders as a factor on `learning_rate`."""
+        return (self.text_encoder_lr or self.learning_rate) / self.learning_rate
 
     def warmup_of(self, total: int) -> int:
         """The steps of the warm-up in a run of `total`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,7 +41,20 @@ def fit(modules: Iterable[nn.Module], settings: PrecisionSettings) -> None:
         return
     interval = settings.gradient_checkpointing_interval or 1
     for module in modules:
-        if interval == 1:
+        if not hasattr(module, "enable_gradient_checkpointing"):
+            _recompute_layers(module, interval)
+        elif interval == 1:
             module.enable_gradient_checkpointing()  # type: ignore[operator]
         else:
             module.enable_gradient_checkpointing(EachNth(interval))  # type: ignore[operator]
+
+
+def _recompute_layers(model: nn.Module, interval: int) -> None:
+    """The same for a model of transformers, whose own switch makes embeddings require gradients."""
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers[::interval]:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

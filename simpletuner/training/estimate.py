@@ -24,12 +24,13 @@ from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Batch, Geometry, ParamGroup, Place, Sample
 from simpletuner.diffusion.objective import objective_of
 from simpletuner.models.control import PICTURE
+from simpletuner.models.encoders import TextEncoders
 from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.precision.dtypes import run_dtype
 from simpletuner.precision.fit import fit
 from simpletuner.precision.plan import PlanRow
-from simpletuner.precision.quantise import foreseen
+from simpletuner.precision.quantise import Quantised, Quantiser, foreseen
 from simpletuner.training.held import held_in
 from simpletuner.training.precision_plan import precision_plan
 
@@ -52,6 +53,7 @@ class Estimate:
         weights: Of the denoiser.
         trained: Those that train.
         base: What holds the denoiser's weights.
+        encoders: What holds text encoders that stay loaded because some of them train.
         adapters: What holds trained weights beside the denoiser's own; 0 for full fine-tuning.
         gradients: Of what trains.
         optimizer: What the optimizer remembers.
@@ -68,6 +70,7 @@ class Estimate:
     weights: int
     trained: int
     base: int
+    encoders: int
     adapters: int
     gradients: int
     optimizer: int
@@ -83,8 +86,8 @@ class Estimate:
     @property
     def device(self) -> int:
         """All that a training step holds on the device."""
-        held = self.base + self.adapters + self.gradients + self.optimizer + self.activations
-        return held + self.average * self.average_on_device
+        held = self.base + self.encoders + self.adapters + self.gradients + self.optimizer
+        return held + self.activations + self.average * self.average_on_device
 
 
 class Live(TorchDispatchMode):
@@ -179,11 +182,14 @@ def estimate(
     weights = sum(p.numel() for p in denoiser.parameters())
     name = config.precision.base_model_precision
     whole = config.adapter.trains == "full"
-    shrunk = foreseen(denoiser, family.denoiser, name)
+    told = {family.denoiser: foreseen(denoiser, family.denoiser, name)}
     # where adapters start costs nothing, and needs weights
     chosen = config.adapter.model_copy(update={"lora_init_type": "default", "init_lora": None})
-    trainable = attach(denoiser, family, chosen)
-    told = {family.denoiser: shrunk}
+    trains_text = config.adapter.train_text_encoder
+    encoders = TextEncoders.blueprint(family, Place(_META, dtype)) if trains_text else None
+    if encoders:
+        told |= _encoders_foreseen(config, encoders)
+    trainable = attach(denoiser, family, chosen, encoders)
     plan = precision_plan(config, family, trainable, told, unopened="not counted")
     for module in trainable.modules:
         Module.to(module, _META, dtype)
@@ -191,7 +197,7 @@ def estimate(
     trained = [(n, p.numel()) for n, p in trainable.parameters().items()]
     count = sum(numel for _, numel in trained)
     started = 1 + (config.adapter.lora_init_type in STARTS)
-    nets = [module for module in trainable.modules if module is not denoiser]
+    nets = [m for m in trainable.modules if m is not denoiser] if not encoders else []
     net = sum(t.numel() for each in nets for t in (*each.parameters(), *each.buffers()))
     wide = held.itemsize if whole else 4
     width, height = _largest(sources)
@@ -202,19 +208,27 @@ def estimate(
     return Estimate(
         weights=weights,
         trained=count,
-        base=shrunk.after,
+        base=told[family.denoiser].after,
+        encoders=sum(each.after for part, each in told.items() if part != family.denoiser),
         adapters=0 if whole else net * 4 or count * wide * started,
         gradients=count * (4 if config.optimizer.gradient_precision == "fp32" else wide),
         optimizer=_remembered(config, trainable, held if whole else torch.float32),
         average=count * 4 if config.adapter.use_ema else 0,
         average_on_device=config.adapter.ema_device == "accelerator",
         activations=activations,
-        cache=cache_bytes(family, [*sources, *beside], dtype),
+        cache=cache_bytes(family, [*sources, *beside], dtype, keeps_text=not trains_text),
         width=width,
         height=height,
         batch=batch,
         plan=tuple(plan),
     )
+
+
+def _encoders_foreseen(config: Config, encoders: TextEncoders) -> dict[str, Quantised]:
+    """What becomes of all text encoders, in the formats that the settings name."""
+    formats = Quantiser(config.precision)
+    found = encoders.modules.items()
+    return {part: foreseen(module, part, formats.format(part)) for part, module in found}
 
 
 def _largest(sources: Sequence[DataSource]) -> tuple[int, int]:
@@ -312,12 +326,16 @@ def _state_bytes(
     return sum(v.nbytes for v in values if isinstance(v, torch.Tensor) and v.ndim)
 
 
-def cache_bytes(family: Family, sources: Sequence[DataSource], dtype: torch.dtype) -> int:
+def cache_bytes(
+    family: Family, sources: Sequence[DataSource], dtype: torch.dtype, *, keeps_text: bool = True
+) -> int:
     """Latents of every picture and the conditioning of every caption, without the files' heads."""
     channels, factor = family.latent_shape
     pictures = [*sources, *encoded_beside(family, sources)]
     cells = sum(int((each.buckets // factor).prod(1).sum()) for each in pictures)
     captions = set[str]().union(*(source.all_captions() for source in sources)) | {""}
+    if not keeps_text:
+        captions.clear()
     each = sum(
         torch.Size(shape).numel() * (1 if name.endswith("_mask") else dtype.itemsize)
         for name, shape in family.text_shapes.items()

@@ -25,38 +25,44 @@ class LearningGuard:
     LoRA's A gets its first gradient in the second step, for B starts at zero; what stands before
     two layers of zeros in a ControlNet gets it in the third. A step whose loss is 0 has nothing to
     teach and does not count: one of regularisation pictures while the adapters are as new, or of
-    pictures that are masked out wholly. Where what the steps so far can have moved is below the
+    pictures that are masked out wholly; nor, where text encoders train, does one without captions,
+    which some families replace by zeros. Where what the steps so far can have moved is below the
     last digit of a tensor's numbers, it need not have moved: a step moves by about
     ``rate · g / (g + eps)``, and behind layers that have just left zero g is far below eps.
     """
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
+        self._of_text = any(group.text for group in weights.trainable.groups())
         parameters = weights.trainable.parameters()
         self._start = {name: _some_of(p).clone() for name, p in parameters.items()}
         self._touched: dict[str, Tensor] = {}
         self._reach: dict[str, Tensor] = {}
         self._steps = 0
 
-    def watch(self, loss: Tensor) -> None:
+    def watch(self, loss: Tensor, *, captioned: bool = True) -> None:
         """Look at the gradients of the step just done; judges after the third, then lets go.
 
         Args:
             loss: Of that step, 0-dim.
+            captioned: Some of its samples had a caption.
 
         Raises:
             TrainingError: Some tensors cannot learn; names them.
         """
-        if self._steps >= _STEPS or not bool(loss):
+        if self._steps >= _STEPS or not bool(loss) or (self._of_text and not captioned):
             return
         groups = self._weights.optimizer.param_groups
-        rate = max(group["lr"] * group.get("d", 1.0) for group in groups)  # d is Prodigy's own rate
+        rates = {  # d is Prodigy's own rate
+            id(p): group["lr"] * group.get("d", 1.0) for group in groups for p in group["params"]
+        }
         eps = max(each if isinstance(each := g.get("eps"), float) else 1e-8 for g in groups)
+        parameters = self._weights.trainable.parameters()
         for name, gradient in gradients(self._weights):
             if gradient is not None:
                 largest = gradient.detach().abs().amax().float()
                 self._touched[name] = (largest > 0) | self._touched.get(name, largest > 0)
-                moved = rate * largest / (largest + eps)
+                moved = rates[id(parameters[name])] * largest / (largest + eps)
                 self._reach[name] = moved + self._reach.get(name, torch.zeros_like(moved))
         self._steps += 1
         if self._steps == _STEPS:
@@ -107,7 +113,7 @@ def explain_not_finite(
     where = "the loss itself"
     trainable = stepper.weights.trainable
     for micro, (planned, batch) in enumerate(window):
-        fault = _FirstFault(trainable.denoiser)
+        fault = _FirstFault(trainable.modules)
         with trainable.disabled(), fault, torch.no_grad():
             share = stepper.micro_loss(step, micro, planned, batch)
         if fault.name is not None:
@@ -132,13 +138,13 @@ def explain_not_finite(
 class _FirstFault:
     """Remembers the first module whose output is not finite while it is open."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, models: Sequence[nn.Module]) -> None:
         self.name: str | None = None
-        self._model = model
+        self._models = models
         self._hooks: list[Any] = []
 
     def __enter__(self) -> _FirstFault:
-        for name, module in self._model.named_modules():
+        for name, module in (each for model in self._models for each in model.named_modules()):
             if not list(module.children()):
                 self._hooks.append(module.register_forward_hook(self._hook(name)))
         return self

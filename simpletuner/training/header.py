@@ -58,6 +58,8 @@ def _kohya(
     config: Config, family: Family, sources: Sequence[DataSource], state: TrainState, name: str
 ) -> dict[str, Any]:
     schedule, optimizer = config.schedule, config.optimizer
+    rate = optimizer.text_encoder_lr or optimizer.learning_rate
+    text_rate = rate if config.adapter.train_text_encoder else None
     return {
         "ss_base_model_version": family.kohya_version,
         "ss_sd_model_name": family.checkpoint.label,
@@ -68,6 +70,7 @@ def _kohya(
         "ss_batch_size_per_device": schedule.train_batch_size,
         "ss_gradient_accumulation_steps": schedule.gradient_accumulation_steps,
         "ss_learning_rate": f"{optimizer.learning_rate:g}",
+        "ss_text_encoder_lr": text_rate and f"{text_rate:g}",
         "ss_lr_scheduler": optimizer.lr_scheduler,
         "ss_optimizer": optimizer.optimizer,
         "ss_mixed_precision": config.precision.mixed_precision,

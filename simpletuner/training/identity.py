@@ -146,6 +146,7 @@ def _adapter_identity(adapter: AdapterSettings) -> dict[str, Any]:
         "lora_init_type": adapter.lora_init_type if adapter.lora_init_type in STARTS else "nothing",
         "use_dora": adapter.use_dora,
         "use_rslora": adapter.use_rslora,
+        **({"train_text_encoder": True} if adapter.train_text_encoder else {}),
     }
 
 
@@ -159,6 +160,7 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
     found: dict[str, Any] = {
         **_optimizer_settings(config.optimizer, total_steps),
         **({"lora_dropout": config.adapter.lora_dropout} if of_lora else {}),
+        **_text_rate(config),
         "use_ema": config.adapter.use_ema,
         "mixed_precision": precision.mixed_precision,
         "base_model_precision": precision.base_model_precision,
@@ -183,6 +185,13 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
         if hint_of(field).pending is not True and (flow or not of_flow) and name not in unused:
             found[name] = values[name]
     return _plain(found)
+
+
+def _text_rate(config: Config) -> dict[str, Any]:
+    optimizer = config.optimizer
+    if not config.adapter.train_text_encoder:
+        return {}
+    return {"text_encoder_lr": optimizer.text_encoder_lr or optimizer.learning_rate}
 
 
 def _optimizer_settings(optimizer: OptimizerSettings, total_steps: int) -> dict[str, Any]:

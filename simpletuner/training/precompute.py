@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ from simpletuner.cache.controls import ControlCache, encoded_beside
 from simpletuner.cache.latents import LatentCache, open_stores
 from simpletuner.cache.masks import MaskCache
 from simpletuner.cache.store import TensorStore
-from simpletuner.cache.text import TextCache, TextCaches
+from simpletuner.cache.text import STAGE, TextCache, TextCaches, titled
+from simpletuner.cache.truncation import tell_cut
 from simpletuner.cache.upkeep import damaged
 from simpletuner.core.errors import DataError
 from simpletuner.core.types import Place
@@ -110,6 +111,16 @@ def open_caches(
     return text, LatentCache(family, stores, settings, vae_place(settings, place), seeds)
 
 
+def _tell_text(family: Family, captions: Mapping[str, set[str]], bus: Bus) -> None:
+    """What becomes of captions where the text encoders train."""
+    tell_cut(family, {title: sorted(each) for title, each in captions.items()}, bus)
+    count = len(set().union(*captions.values()))
+    bus.notice(
+        f"{STAGE}: {count} captions, each encoded in the step that trains on it, for the text"
+        " encoders train; nothing of them is kept, and the encoders stay loaded"
+    )
+
+
 def precompute(
     family: Family,
     sources: Sequence[DataSource],
@@ -120,8 +131,12 @@ def precompute(
     seeds: Seeds,
     place: Place,
     bus: Bus,
+    *,
+    trains_text: bool = False,
 ) -> Caches:
     """Text embeddings, then latents; only what is missing is encoded, and encoders are freed.
+
+    Where text encoders train (`trains_text`) no caption is encoded here.
 
     The caches' sources are those given, without pictures that could not be decoded, or whose masks
     could not.
@@ -132,9 +147,13 @@ def precompute(
     while True:
         sources = [_with_whole_pairs(source, bus) for source in sources]
         captions = {source.id: source.all_captions() for source in sources}
-        text.prepare(captions, prompts.captions(), bus)
+        if not trains_text:
+            text.prepare(captions, prompts.captions(), bus)
         sound = latents.prepare(sources, bus, encoded_beside(family, sources))
         if all(new is old for old, new in zip(sources, sound, strict=True)):
+            if trains_text:
+                _tell_text(family, titled(captions, prompts.captions()), bus)
+            kept = None if trains_text else text
             controls = ControlCache(latents, sound, family)
-            return Caches(sound, latents, text, seeds, MaskCache(latents.stores), controls)
+            return Caches(sound, latents, kept, seeds, MaskCache(latents.stores), controls)
         sources = sound  # without what is undecodable, others may be drawn, or cut to other sizes

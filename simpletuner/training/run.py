@@ -19,6 +19,7 @@ from simpletuner.core.types import Place
 from simpletuner.data.opening import open_sources
 from simpletuner.data.plan import BatchPlan
 from simpletuner.data.report import DataReport
+from simpletuner.models.encoders import TextEncoders
 from simpletuner.models.loading import open_family
 from simpletuner.optim.build import build_optimizer
 from simpletuner.precision.dtypes import run_dtype
@@ -40,8 +41,6 @@ from simpletuner.validation.prompts import Prompts
 from simpletuner.validation.validator import Validator
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from simpletuner.adapters.method import Trainable, Verified
     from simpletuner.config.root import Config
     from simpletuner.core.events import Bus
@@ -122,16 +121,15 @@ def _train(
     prompts = Prompts.of(config.validation)
     quantiser = Quantiser(config.precision)
     caches = precompute(
-        family, found, prompts, datasets, config.cache, quantiser, seeds, place, bus
+        *(family, found, prompts, datasets, config.cache, quantiser, seeds, place, bus),
+        trains_text=config.adapter.train_text_encoder,
     )
     # 3. the plan: which samples each step sees, and when the run ends
     sources = caches.sources[:drawn]
     same = sources == tuple(found[:drawn])  # all of it could be encoded
     plan, timetable = planned if same else _planned(config, sources, seeds, place)
     # 4. the denoiser with what trains on it
-    shrink = with_preset(config.adapter, family, quantiser)
-    denoiser = family.open_denoiser(Place(place.device, held_in(config)), shrink)
-    weights = _weights(config, family, denoiser, seeds, place)
+    weights, encoders = _weights(config, family, quantiser, seeds, place)
     trainable = weights.trainable
     # 5. where the run stands
     state = starting_state(config, family, plan, sources, timetable.total_steps, place)
@@ -147,7 +145,8 @@ def _train(
         place, family, weights, config.diffusion, config.optimizer, timetable.total_steps, seeds
     )
     validator = Validator(
-        family, weights, caches, prompts, config.validation, folder, place, bus, control.leaving
+        *(family, weights, caches, encoders.shown if encoders else caches.embeds, prompts),
+        *(config.validation, folder, place, bus, control.leaving),
     )
     duties = {
         "checkpoint": saver.save,
@@ -164,15 +163,20 @@ def _train(
 
 
 def _weights(
-    config: Config, family: Family, denoiser: nn.Module, seeds: Seeds, place: Place
-) -> Weights:
-    """What trains on the denoiser, and what moves it."""
+    config: Config, family: Family, quantiser: Quantiser, seeds: Seeds, place: Place
+) -> tuple[Weights, TextEncoders | None]:
+    """The denoiser with what trains on it and what moves that; text encoders if they train."""
+    adapter = config.adapter
+    shrink = with_preset(adapter, family, quantiser)
+    denoiser = family.open_denoiser(Place(place.device, held_in(config)), shrink)
+    trains_text = adapter.train_text_encoder
+    encoders = TextEncoders.opened(family, place, quantiser) if trains_text else None
     seeds.reseed_torch("adapter")
-    trainable = attach(denoiser, family, config.adapter)
+    trainable = attach(denoiser, family, adapter, encoders)
     fit(trainable.modules, config.precision)
     optimizer = build_optimizer(config.optimizer, trainable.groups(), seeds)
-    average = Ema.of(trainable.parameters(), config.adapter)
-    return Weights(trainable, optimizer, average, Scaler.of(place.dtype, place.device))
+    average = Ema.of(trainable.parameters(), adapter)
+    return Weights(trainable, optimizer, average, Scaler.of(place.dtype, place.device)), encoders
 
 
 def _export(

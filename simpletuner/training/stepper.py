@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -165,7 +164,7 @@ class Stepper:
     def _predict(self, step: int, micro: int, batch: Batch, draw: Draw) -> Tensor:
         """[B, C, *S] fp32, what the model says; the same each time it is asked in a step."""
         self.seeds.reseed_torch("step", step, micro, self.place.rank)
-        with self._autocast():
+        with self.place.autocast():
             return self.weights.trainable.predict(self.family, draw, batch).float()
 
     def draw(
@@ -190,12 +189,6 @@ class Stepper:
             answer = partial(self._predict, step, micro, batch)
             noise = self.rollout.noise(batch.latents, t, noise, lengths, answer)
         return batch, self.objective.draw(batch.latents, t, noise, perturbed)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        """Autocast for one forward: a longer block would keep stale copies of the adapters."""
-        if self.place.dtype == torch.float32 or self.place.device.type == "meta":
-            return nullcontext()
-        return torch.autocast(self.place.device.type, self.place.dtype)
 
 
 def gradients(weights: Weights) -> Iterator[tuple[str, Tensor | None]]:

@@ -98,7 +98,8 @@ class Trainer:
             # 2. one optimizer step
             outcome = self._stepper.step(state.step, window)
             if not outcome.skipped:
-                guard.watch(outcome.loss)
+                captions = (sample.caption for _, batch in window for sample in batch.samples)
+                guard.watch(outcome.loss, captioned=any(captions))
             epoch, reading = self._plan.epoch(state.step), _Reading(outcome)
             taken = _Taken(state.step, outcome.lr, reading, window, 0.0, epoch, outcome.skipped)
             # 3. tell the step before, whose numbers have arrived by now

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ class Sampler:
             size = (shot.width, shot.height)
             arguments[self._family.control.argument] = ImageOps.fit(control, size)
             torch.manual_seed(shot.seed)  # which a pipeline encodes the control picture by
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._place.autocast():
             output = self._pipe(
                 **arguments,
                 guidance_scale=shot.guidance,
@@ -92,11 +92,6 @@ class Sampler:
             for name, value in embeds.items()
             if not isinstance(value, tuple)
         }
-
-    def _autocast(self) -> Any:
-        if self._place.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self._place.device.type, self._place.dtype)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from simpletuner.validation.sampler import Sampler, Shot, open_sampler
 if TYPE_CHECKING:
     from simpletuner.adapters.weights import Weights
     from simpletuner.cache.caches import Caches
-    from simpletuner.core.types import Place
+    from simpletuner.core.types import Embeds, Place
     from simpletuner.models.family import Family
     from simpletuner.validation.prompts import Prompt, Prompts
     from simpletuner.validation.settings import ValidationSettings
@@ -41,12 +41,14 @@ class Validator:
     """Renders every prompt at every resolution.
 
     Args:
+        embeds: The conditioning of prompts, [B, …], by the weights as they are when it is called.
         leaving: True once the run is to end; asked before each picture, and none is begun then.
     """
 
     family: Family
     weights: Weights
     caches: Caches
+    embeds: Callable[[Sequence[str]], Embeds]
     prompts: Prompts
     settings: ValidationSettings
     folder: RunFolder
@@ -159,9 +161,7 @@ class Validator:
         """Write one picture and its recipe; `step` None is the untouched base model."""
         prompt, _, shot = wanted
         texts = ([prompt.text], [self.prompts.negative])
-        image = sampler.picture(
-            shot, *(self.caches.embeds(text) for text in texts), self._control(prompt)
-        )
+        image = sampler.picture(shot, *(self.embeds(text) for text in texts), self._control(prompt))
         path = self._path(wanted, step)
         write_through(path, lambda temporary: image.save(temporary, format="PNG"))
         made.append(path)

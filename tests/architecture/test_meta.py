@@ -20,6 +20,7 @@ from simpletuner.adapters.weights import Weights
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Batch, Geometry, Place, PlannedBatch, Sample
 from simpletuner.diffusion.settings import DiffusionSettings
+from simpletuner.models.encoders import TextEncoders
 from simpletuner.models.families import FAMILIES
 from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
@@ -93,6 +94,7 @@ LOKR = {"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1.0, "factor": 4}
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
+    "lora-text": {"train_text_encoder": True},
     "full": {"model_type": "full"},
     "lokr": {"lora_type": "lycoris", "lycoris_config": LOKR},
     "controlnet": {"model_type": "full", "controlnet": True},
@@ -143,7 +145,8 @@ def stepper_on_meta(
     family = open_family(settings)
     denoiser = family.open_denoiser(Place(torch.device("cpu"), torch.float32)).to("meta")
     chosen = AdapterSettings(**adapter)
-    trainable = attach(denoiser, family, chosen)
+    encoders = TextEncoders.blueprint(family, place) if chosen.train_text_encoder else None
+    trainable = attach(denoiser, family, chosen, encoders)
     average = Ema.of(trainable.parameters(), chosen)
     optimizing = OptimizerSettings(optimizer=optimizer)
     return Stepper.of(

@@ -29,6 +29,7 @@ from simpletuner.adapters.settings import AdapterSettings
 from simpletuner.core.types import Batch, Draw, Geometry, Place, Sample
 from simpletuner.diffusion.objective import objective_of
 from simpletuner.models.control import PICTURE
+from simpletuner.models.encoders import TextEncoders
 from simpletuner.models.families import FAMILIES
 from simpletuner.models.family import Family
 from simpletuner.models.loading import open_family
@@ -118,6 +119,13 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """One family and its model, opened once; read it only."""
     name = request.param
     return Tiny(name, BUILDERS[name](tmp_path_factory.mktemp("contract") / name))
+
+
+@pytest.fixture(scope="module", params=[n for n in BUILT if FAMILIES[n].fact("trained_text")])
+def texted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """One whose text encoders can train, likewise."""
+    name = request.param
+    return Tiny(name, BUILDERS[name](tmp_path_factory.mktemp("texted") / name))
 
 
 @pytest.fixture(scope="module", params=[n for n in BUILT if FAMILIES[n].fact("control")])
@@ -384,6 +392,45 @@ def test_the_exported_lora_is_the_trained_model_in_the_stock_pipeline(
         )
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
     assert (ours - untouched).abs().max() > 1e-3
+
+
+def test_every_adapter_of_the_text_encoders_learns_and_goes_through_every_layout(
+    texted: Tiny, tmp_path: Path
+) -> None:
+    tiny = texted
+    encoders, family = TextEncoders.opened(tiny.family, CPU), type(tiny.family)
+    lora = attach(
+        tiny.family.open_denoiser(CPU), tiny.family, AdapterSettings(lora_rank=RANK), encoders
+    )
+    with torch.no_grad():
+        for weight in lora.parameters().values():
+            weight += 0.1 * torch.randn(weight.shape)
+    batch = replace(tiny.batch([0, 1, 2]), embeds={})
+    draw = tiny.draw(batch)
+    (lora.predict(tiny.family, draw, batch) - draw.target).square().mean().backward()
+    assert [n for n, p in lora.parameters().items() if p.grad is None or not p.grad.any()] == []
+    named = {name.partition(".")[0] for name in lora.groups()[1].parameters}
+    assert named == set(tiny.family.trained_text)
+
+    (file,) = lora.export(tmp_path, {})
+    assert (
+        str(lora.verify(file)) == f"verified: {len(lora.layers())} of {len(lora.layers())} modules"
+    )
+    pipe = tiny.stock()
+    pipe.load_lora_weights(tmp_path, weight_name=LORA_FILE)
+    stock: Any = TextEncoders(tiny.family, pipe, CPU).shown(CAPTIONS[:3])
+    for name, ours in encoders.shown(CAPTIONS[:3]).items():
+        torch.testing.assert_close(stock[name], ours, atol=1e-5, rtol=1e-5)
+    names, changes = family.names_of(lora.denoiser), read_changes(file, family)
+    assert set(changes) == set(lora.layers())
+    wanted = changes
+    for layout in FORMATS:
+        other = tmp_path / f"{layout}.safetensors"
+        write_changes(other, changes, layout, family, {}, names)
+        changes = read_changes(other, family, names)
+        assert set(changes) == set(wanted)
+        for name, change in changes.items():
+            torch.testing.assert_close(change.delta(), wanted[name].delta(), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [1.0, RANK / 2, RANK, 2.0 * RANK])

@@ -95,7 +95,7 @@ def test_the_quantised_and_preview_blocks_pass_and_are_named(
     settings = merged(seeds.SDXL_CONFIG, seeds.SDXL_QUANTISED, seeds.PREVIEWS)
     write(folder, config=settings, multidatabackend=seeds.SDXL_DATASETS)
 
-    facts = check(capsys, "--train_text_encoder=true", "--vae_cache_disable", "--report_to=wandb")
+    facts = check(capsys, "--compress_disk_cache=true", "--vae_cache_disable", "--report_to=wandb")
 
     assert pending(facts) >= {"validation_preview", "report_to"}
     assert facts["config"]["optimizer"] == "optimi-lion"
@@ -228,8 +228,8 @@ def test_training_refuses_what_is_not_built_yet_and_makes_nothing(
 ) -> None:
     write(folder, config=seeds.SDXL_CONFIG, multidatabackend=seeds.SDXL_DATASETS)
 
-    assert main(["train", "--train_text_encoder", "--output_dir=out"]) == 2
-    assert "--train_text_encoder  is not built yet" in capsys.readouterr().err
+    assert main(["train", "--compress_disk_cache", "--output_dir=out"]) == 2
+    assert "--compress_disk_cache  is not built yet" in capsys.readouterr().err
     assert not (folder / "out").exists()
 
 
@@ -319,7 +319,7 @@ def test_configure_never_changes_a_file(folder: Path) -> None:
 
 
 def test_options_explain_one_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["options", "--lora-rank", "train_text_encoder"]) == 0
+    assert main(["options", "--lora-rank", "compress_disk_cache"]) == 0
 
     shown = capsys.readouterr().out
     assert "type      a whole number\n  default   16\n  range     at least 1" in shown

@@ -31,8 +31,8 @@ def test_a_mistyped_key_exits_2_and_names_the_right_one(
 def test_a_setting_that_is_not_built_yet_exits_2_and_is_named(
     tmp_path: Path, tiny_sdxl: Path, capsys: Captured
 ) -> None:
-    assert Run(tmp_path, tiny_sdxl).train(train_text_encoder=True) == 2
-    assert "train_text_encoder" in capsys.readouterr().err
+    assert Run(tmp_path, tiny_sdxl).train(compress_disk_cache=True) == 2
+    assert "compress_disk_cache" in capsys.readouterr().err
 
 
 def test_a_missing_folder_exits_3(tmp_path: Path, tiny_sdxl: Path, capsys: Captured) -> None:

@@ -84,7 +84,8 @@ def build(loaded: Loaded, options: argparse.Namespace, bus: Bus) -> int:
 
     folder = open_folder(loaded.config.runtime.output_dir)
     with folder.locked():
-        precompute(*_front(loaded, folder, bus), bus).close()
+        trains = loaded.config.adapter.train_text_encoder
+        precompute(*_front(loaded, folder, bus), bus, trains_text=trains).close()
     return 0
 
 
@@ -171,7 +172,7 @@ def wanted_of(runs: Sequence[Loaded], bus: Bus) -> list[Wanted]:
         folder = RunFolder(Path(loaded.config.runtime.output_dir))
         family, sources, prompts, datasets, *rest = _front(loaded, folder, bus)
         text, latents = open_caches(family, sources, datasets, *rest, bus)
-        for cache in text.all:
+        for cache in () if loaded.config.adapter.train_text_encoder else text.all:
             place = cache.folder.resolve()
             titles.setdefault(place, "text embeddings")
             own = [source for source in sources if text.of(source.id) is cache]

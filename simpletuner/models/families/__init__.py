@@ -51,6 +51,7 @@ def _facts(family: type[Family]) -> dict[str, Any]:
         "most_tokens": family.most_tokens,
         "architecture": family.architecture,
         "control": family.control is not None,
+        "trained_text": tuple(family.trained_text),
     }
 
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.files import read_json
+from simpletuner.models.encoders import TrainedEncoder
 from simpletuner.models.family import Family, Flavour
 from simpletuner.models.original import OriginalNames, Place, fused, vae_names_of
 from simpletuner.models.single_file import FilePart
@@ -114,6 +115,7 @@ class Flux(Family):
     denoiser = "transformer"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     text_outputs = ("prompt_embeds", "pooled_prompt_embeds", None)
+    trained_text = MappingProxyType({"text_encoder": TrainedEncoder("lora_te1", "clip_l")})
     layouts = MappingProxyType(
         {"prompt_embeds": "stack", "pooled_prompt_embeds": "stack", _MASK: "stack"}
     )

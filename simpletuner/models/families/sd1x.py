@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.models.control import PICTURE, unet_control
+from simpletuner.models.encoders import TrainedEncoder
 from simpletuner.models.family import Family, Flavour
 from simpletuner.models.original import unet_names, unet_names_of, vae_names_of
 from simpletuner.models.single_file import FilePart
@@ -43,6 +44,7 @@ class SD1(Family):
     own_settings = ("rescale_betas_zero_snr",)
     text_parts = ("text_encoder", "tokenizer")
     text_outputs = ("prompt_embeds", None)
+    trained_text = MappingProxyType({"text_encoder": TrainedEncoder("lora_te", "clip_l")})
     layouts = MappingProxyType({"prompt_embeds": "stack"})
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     original = unet_names((False, True, True, True))

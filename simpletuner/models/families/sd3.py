@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.core.errors import ModelError
 from simpletuner.models.control import PICTURE, ControlNet
+from simpletuner.models.encoders import TrainedEncoder
 from simpletuner.models.family import Family, Flavour
 from simpletuner.models.original import OriginalNames, Place, fused, vae_names_of
 from simpletuner.models.single_file import FilePart
@@ -114,6 +115,12 @@ class SD3(Family):
         "tokenizer_3",
     )
     text_outputs = ("prompt_embeds", None, "pooled_prompt_embeds", None)
+    trained_text = MappingProxyType(
+        {
+            "text_encoder": TrainedEncoder("lora_te1", "clip_l"),
+            "text_encoder_2": TrainedEncoder("lora_te2", "clip_g"),
+        }
+    )
     layouts = MappingProxyType({"prompt_embeds": "stack", "pooled_prompt_embeds": "stack"})
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     original = OriginalNames(_original_names())

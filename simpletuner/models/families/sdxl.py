@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.core.errors import ConfigError
 from simpletuner.core.types import to_device
 from simpletuner.models.control import PICTURE, unet_control
+from simpletuner.models.encoders import TrainedEncoder
 from simpletuner.models.family import Family, Flavour
 from simpletuner.models.original import (
     open_clip_names,
@@ -59,6 +60,12 @@ class SDXL(Family):
     own_settings = ("data_aesthetic_score", "rescale_betas_zero_snr")
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     text_outputs = ("prompt_embeds", None, "pooled_prompt_embeds", None)
+    trained_text = MappingProxyType(
+        {
+            "text_encoder": TrainedEncoder("lora_te1", "clip_l", spare_layers=1),
+            "text_encoder_2": TrainedEncoder("lora_te2", "clip_g"),
+        }
+    )
     layouts = MappingProxyType({"prompt_embeds": "stack", "pooled_prompt_embeds": "stack"})
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     original = unet_names((True, True, False))

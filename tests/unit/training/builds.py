@@ -15,6 +15,7 @@ from simpletuner.adapters.weights import Weights
 from simpletuner.core.seeds import Seeds
 from simpletuner.core.types import Batch, Geometry, Place, PlannedBatch, Sample
 from simpletuner.diffusion.settings import DiffusionSettings
+from simpletuner.models.encoders import TextEncoders
 from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
 from simpletuner.optim.build import build_optimizer
@@ -57,12 +58,15 @@ def build_stepper(
         model_family=family_name, pretrained_model_name_or_path=str(model), **(options or {})
     )
     family = open_family(chosen_model)
-    SEEDS.reseed_torch("adapter")
     quantiser = Quantiser(PrecisionSettings(base_model_precision=base_format))
     denoiser = family.open_denoiser(Place(torch.device("cpu"), base), quantiser)
     settings = AdapterSettings(**{"lora_rank": 4, "lora_alpha": 6, **(adapter or {})})
-    trainable = attach(denoiser, family, settings)
-    denoiser.to(place.device)
+    beside = Place(torch.device("cpu"), base)
+    encoders = TextEncoders.opened(family, beside) if settings.train_text_encoder else None
+    SEEDS.reseed_torch("adapter")
+    trainable = attach(denoiser, family, settings, encoders)
+    for module in trainable.modules:
+        module.to(place.device)
     chosen = OptimizerSettings(**{"learning_rate": 1e-3, "lr_scheduler": "constant", **optimizer})
     weights = Weights(trainable, build_optimizer(chosen, trainable.groups(), SEEDS))
     objective = DiffusionSettings(**(diffusion or {}))

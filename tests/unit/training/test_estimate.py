@@ -215,6 +215,39 @@ def test_the_estimate_of_a_run_is_what_its_files_hold(
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_text_encoders_that_train_stay_loaded_and_count(
+    tmp_path: Path,
+    family: str,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = request.getfixturevalue(f"tiny_{family}")
+    run = Run(tmp_path, model)
+    run.settings |= {"model_family": family, "validation_disable": True, "max_train_steps": 2}
+    said = []
+    for trains in (False, True):
+        config = str(run.write(train_text_encoder=trains))
+        assert main(["estimate", "--config", config, "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert run.train(train_text_encoder=True) == 0
+    capsys.readouterr()
+    without, beside = said
+    held = [t for f in model.glob("text_encoder*/*.safetensors") for t in load_file(f).values()]
+    floats = sum(t.nbytes for t in held if t.is_floating_point())
+    assert (without["encoders"], beside["encoders"]) == (0, pytest.approx(floats, rel=0.02))
+    sizes = {
+        name: sum(
+            t.nbytes for t in load_file(run.out / f"checkpoint-2/{name}.safetensors").values()
+        )
+        for name in ("trainable", "optimizer")
+    }
+    assert beside["adapters"] == beside["gradients"] == sizes["trainable"]
+    assert beside["optimizer"] == pytest.approx(sizes["optimizer"], rel=0.02)  # and step numbers
+    assert beside["cache"] == cached(run) < without["cache"]
+    assert beside["activations"] > without["activations"]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_a_controlnet_counts_beside_the_model(
     tmp_path: Path,
     family: str,
