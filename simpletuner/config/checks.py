@@ -7,6 +7,7 @@ from pathlib import Path
 
 from simpletuner.config.flat import SETTINGS
 from simpletuner.config.learning_checks import LEARNING_CHECKS
+from simpletuner.config.memory_checks import MEMORY_CHECKS
 from simpletuner.config.objective_checks import OF_THE_OBJECTIVE
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.config.read import SECRET, looks_secret
@@ -186,6 +187,7 @@ def no_secrets(run: Proposal) -> Iterator[Problem]:
 CHECKS: tuple[Check, ...] = (
     *OF_THE_OBJECTIVE,
     *LEARNING_CHECKS,
+    *MEMORY_CHECKS,
     flavour_of_family,
     prediction_of_family,
     prediction_of_zero_snr,

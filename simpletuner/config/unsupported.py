@@ -91,10 +91,10 @@ _GROUPS = (
     (
         "is not here; for less memory use gradient_checkpointing or enable_group_offload",
         """
-        gradient_checkpointing_backend=torch gradient_checkpointing_offload_attention=false
+        gradient_checkpointing_offload_attention=false
         gradient_checkpointing_offload_pin_memory_max_buckets=12
         gradient_checkpointing_offload_prefetch=false gradient_checkpointing_segment_stride
-        group_offload_text_encoder=false group_offload_to_disk_path group_offload_vae=false
+        group_offload_text_encoder=false group_offload_vae=false
         musubi_block_swap_device=cpu offload_during_save=false ramtorch=false
         ramtorch_controlnet=false ramtorch_disable_extensions=true
         ramtorch_disable_sync_hooks=false ramtorch_target_modules ramtorch_text_encoder=false

@@ -1,4 +1,4 @@
-"""Make a model fit its device: recomputed activations."""
+"""Make a model fit its device: what is computed twice, and what waits in the computer's memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.precision.saved import save_aside
+
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from simpletuner.precision.settings import PrecisionSettings
@@ -18,9 +21,12 @@ class EachNth:
 
     Args:
         interval: N.
+        whole: Recompute a block to its end, not only to the last tensor that is asked for, so that
+            what waits for its end is called.
     """
 
     interval: int
+    whole: bool = False
     _places: dict[int, int] = field(default_factory=dict)
     """Where each block comes among all, by its identity; blocks are met in one order."""
 
@@ -31,16 +37,28 @@ class EachNth:
         place = self._places.setdefault(id(block), len(self._places))
         if place % self.interval:
             return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(block, *inputs, use_reentrant=False, early_stop=not self.whole)
 
 
-def fit(modules: Iterable[nn.Module], settings: PrecisionSettings) -> None:
-    """Apply the memory settings to all that a step calls, adapters attached."""
-    if not settings.gradient_checkpointing:
-        return
-    interval = settings.gradient_checkpointing_interval or 1
+def fit(modules: Iterable[nn.Module], settings: PrecisionSettings, device: torch.device) -> None:
+    """Apply the memory settings to all that a step calls, adapters attached.
+
+    Args:
+        modules: The denoiser, and what trains beside it; on the CPU where `settings` offload.
+        settings: What is asked for.
+        device: Where a step computes.
+
+    Raises:
+        ConfigError: More blocks are to be swapped than there are.
+    """
+    modules = tuple(modules)
     for module in modules:
-        if interval == 1:
-            module.enable_gradient_checkpointing()  # type: ignore[operator]
-        else:
-            module.enable_gradient_checkpointing(EachNth(interval))  # type: ignore[operator]
+        if settings.gradient_checkpointing:
+            again = EachNth(settings.gradient_checkpointing_interval or 1, settings.offloads)
+            module.enable_gradient_checkpointing(again)  # type: ignore[operator]
+        if settings.gradient_checkpointing_backend == "unsloth":
+            save_aside(module)
+    if settings.offloads:
+        from simpletuner.precision import offload
+
+        offload.apply(modules, settings, device)

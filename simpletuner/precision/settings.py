@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, get_args
 
 from simpletuner.core.section import Section, setting
@@ -65,6 +66,10 @@ class PrecisionSettings(Section):
     """Apply gradient_checkpointing only to every so many blocks; larger is faster and takes more
     memory; without it, to all."""
 
+    gradient_checkpointing_backend: Literal["torch", "unsloth"] = setting("torch")
+    """Where gradient_checkpointing keeps what goes into a block: torch on the device, unsloth in
+    the computer's memory: less memory, slower."""
+
     unet_attention_slice: bool = setting(False, pending=True)
     """Compute a UNet's attention in slices: less memory, slower."""
 
@@ -73,12 +78,13 @@ class PrecisionSettings(Section):
     )
     """How often the device's memory cache is emptied; smaller is slower."""
 
-    enable_group_offload: bool = setting(False, pending=True)
-    """Keep the model's blocks in the computer's memory and bring each to the device when its turn
-    comes: far less memory, slower."""
+    enable_group_offload: bool = setting(False)
+    """Keep the model's frozen blocks in the computer's memory and bring each to the device when its
+    turn comes: far less memory, slower. What trains stays on the device."""
 
-    group_offload_type: Literal["block_level", "leaf_level"] = setting("block_level", pending=True)
-    """What is brought at a time: blocks, or single layers (least memory, slowest)."""
+    group_offload_type: Literal["block_level", "leaf_level"] = setting("block_level")
+    """What is brought at a time: blocks, or single layers, those outside of blocks as well (least
+    memory, slowest)."""
 
     group_offload_blocks_per_group: int = setting(1, pending=True, ge=1, unit="blocks")
     """How many blocks are brought together; larger is faster and takes more memory."""
@@ -86,9 +92,13 @@ class PrecisionSettings(Section):
     group_offload_use_stream: bool = setting(False, pending=True)
     """Bring the next blocks while the present ones compute (CUDA only)."""
 
-    musubi_blocks_to_swap: int = setting(0, pending=True, ge=0, unit="blocks")
-    """How many of the last blocks stay in the computer's memory until their turn; larger takes
-    less of the device's memory and is slower."""
+    group_offload_to_disk_path: Path | None = setting(None, path=True)
+    """A folder on a fast disk where enable_group_offload keeps the blocks, in place of the
+    computer's memory; emptied when the run ends."""
+
+    musubi_blocks_to_swap: int = setting(0, ge=0, unit="blocks")
+    """How many of the last frozen blocks stay in the computer's memory until their turn; larger
+    takes less of the device's memory and is slower."""
 
     dynamo_backend: Literal["no", "inductor", "eager", "aot_eager", "cudagraphs"] = setting(
         "no", pending=True
@@ -99,3 +109,8 @@ class PrecisionSettings(Section):
         "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
     ] = setting("default", pending=True)
     """How hard torch.compile tries."""
+
+    @property
+    def offloads(self) -> bool:
+        """True if frozen weights wait in the computer's memory until their turn."""
+        return self.enable_group_offload or self.musubi_blocks_to_swap > 0

@@ -28,6 +28,7 @@ from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.precision.dtypes import run_dtype
 from simpletuner.precision.fit import fit
+from simpletuner.precision.offload import groups_of
 from simpletuner.precision.quantise import held_bytes
 from simpletuner.training.held import held_in
 
@@ -50,6 +51,7 @@ class Estimate:
         weights: Of the denoiser.
         trained: Those that train.
         base: What holds the denoiser's weights.
+        waiting: Those of them that are in the computer's memory at any one time.
         adapters: What holds trained weights beside the denoiser's own; 0 for full fine-tuning.
         gradients: Of what trains.
         optimizer: What the optimizer remembers.
@@ -65,6 +67,7 @@ class Estimate:
     weights: int
     trained: int
     base: int
+    waiting: int
     adapters: int
     gradients: int
     optimizer: int
@@ -79,8 +82,8 @@ class Estimate:
     @property
     def device(self) -> int:
         """All that a training step holds on the device."""
-        held = self.base + self.adapters + self.gradients + self.optimizer + self.activations
-        return held + self.average * self.average_on_device
+        held = self.base - self.waiting + self.adapters + self.gradients + self.optimizer
+        return held + self.activations + self.average * self.average_on_device
 
 
 class Live(TorchDispatchMode):
@@ -176,12 +179,14 @@ def estimate(
     name = config.precision.base_model_precision
     whole = config.adapter.trains == "full"
     base = held_bytes(denoiser, name)
+    waiting = _waiting(denoiser, config) * base // max(held_bytes(denoiser, "no_change"), 1)
     # where adapters start costs nothing, and needs weights
     chosen = config.adapter.model_copy(update={"lora_init_type": "default", "init_lora": None})
     trainable = attach(denoiser, family, chosen)
     for module in trainable.modules:
         Module.to(module, _META, dtype)
-    fit(trainable.modules, config.precision)
+    all_there = {"enable_group_offload": False, "musubi_blocks_to_swap": 0}
+    fit(trainable.modules, config.precision.model_copy(update=all_there), _META)
     trained = [(n, p.numel()) for n, p in trainable.parameters().items()]
     count = sum(numel for _, numel in trained)
     started = 1 + (config.adapter.lora_init_type in STARTS)
@@ -197,6 +202,7 @@ def estimate(
         weights=weights,
         trained=count,
         base=base,
+        waiting=waiting,
         adapters=0 if whole else net * 4 or count * wide * started,
         gradients=count * wide,
         optimizer=_remembered(config, trainable, held if whole else torch.float32),
@@ -208,6 +214,14 @@ def estimate(
         height=height,
         batch=batch,
     )
+
+
+def _waiting(denoiser: Module, config: Config) -> int:
+    """Bytes of frozen weights off the device, as they are before they are quantised."""
+    if not config.precision.offloads:
+        return 0
+    sizes = [group.nbytes for group in groups_of(denoiser, config.precision)]
+    return sum(sizes) - max(sizes, default=0)
 
 
 def _largest(sources: Sequence[DataSource]) -> tuple[int, int]:

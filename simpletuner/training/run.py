@@ -21,13 +21,14 @@ from simpletuner.data.plan import BatchPlan
 from simpletuner.data.report import DataReport
 from simpletuner.models.loading import open_family
 from simpletuner.optim.build import build_optimizer
+from simpletuner.precision import offload
 from simpletuner.precision.dtypes import run_dtype
 from simpletuner.precision.fit import fit
 from simpletuner.precision.quantise import Quantiser
 from simpletuner.runtime.runtime import Runtime
 from simpletuner.training.checkpoint import Checkpointer
 from simpletuner.training.control import Control
-from simpletuner.training.held import held_in
+from simpletuner.training.held import opened_at
 from simpletuner.training.identity import starting_state
 from simpletuner.training.precompute import precompute
 from simpletuner.training.prefetch import Prefetcher
@@ -125,10 +126,10 @@ def _train(
     plan, timetable = planned if same else _planned(config, sources, seeds, place)
     # 4. the denoiser with what trains on it
     shrink = with_preset(config.adapter, family, quantiser)
-    denoiser = family.open_denoiser(Place(place.device, held_in(config)), shrink)
+    denoiser = family.open_denoiser(opened_at(config, place), shrink)
     seeds.reseed_torch("adapter")
     trainable = attach(denoiser, family, config.adapter)
-    fit(trainable.modules, config.precision)
+    fit(trainable.modules, config.precision, place.device)
     optimizer = build_optimizer(config.optimizer, trainable.groups(), seeds)
     weights = Weights(trainable, optimizer, Ema.of(trainable.parameters(), config.adapter))
     # 5. where the run stands
@@ -165,6 +166,7 @@ def _export(
     trainable: Trainable, folder: RunFolder, metadata: Mapping[str, str]
 ) -> tuple[Path, Verified]:
     """Write the user's files; none replaces an earlier one before the first was read back."""
+    offload.release(trainable.modules)
     with folder.writing("the weights"), folder.staging() as staging:
         written, *others = trainable.export(staging, metadata)
         verified = trainable.verify(written)

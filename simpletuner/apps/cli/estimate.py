@@ -69,6 +69,7 @@ def lines(found: Estimate) -> list[str]:
     """The estimate as a table."""
     rows = [
         ("the model's weights", found.base, f"{found.weights:,} weights"),
+        ("of them off the device", found.waiting, "in the computer's memory, or on its disk"),
         ("adapters", found.adapters, f"{found.trained:,} weights train"),
         ("gradients", found.gradients, ""),
         ("optimizer", found.optimizer, ""),

@@ -1,0 +1,74 @@
+"""Contradictions in how a model is made to fit its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from simpletuner.config.proposal import Check, Proposal
+from simpletuner.core.errors import Problem
+
+_OFFLOAD, _SWAP = "enable_group_offload", "musubi_blocks_to_swap"
+
+_MOVED = ("no_change", "int8-quanto", "int8-torchao")
+"""The formats whose weights are moved as they are."""
+
+
+def recomputed_from_elsewhere(run: Proposal) -> Iterator[Problem]:
+    """Where the inputs of recomputed blocks are kept is asked where there are such blocks."""
+    key = "gradient_checkpointing_backend"
+    if run.asks(key) and not run.values["gradient_checkpointing"]:
+        yield run.problem(
+            key, "changes nothing without gradient_checkpointing; set that, or remove this"
+        )
+
+
+def one_way_to_offload(run: Proposal) -> Iterator[Problem]:
+    """Group offload and block swap are the same thing, of all blocks and of some."""
+    if run.values[_OFFLOAD] and run.values[_SWAP]:
+        yield run.problem(
+            _SWAP, f"does not go with {_OFFLOAD}, which moves every block; remove one of the two"
+        )
+    for key in ("group_offload_type", "group_offload_to_disk_path"):
+        if run.asks(key) and not run.values[_OFFLOAD]:
+            yield run.problem(key, f"changes nothing without {_OFFLOAD}; set that, or remove this")
+
+
+def offload_fits(run: Proposal) -> Iterator[Problem]:
+    """What is offloaded is frozen, whole, and recomputed."""
+    values = run.values
+    key = _OFFLOAD if values[_OFFLOAD] else _SWAP
+    if not values[key]:
+        return
+    if values["model_type"] == "full" and not values["controlnet"]:
+        yield run.problem(
+            key,
+            "moves frozen weights, and model_type full trains them all; remove it, or set"
+            " model_type lora",
+        )
+    if values["model_type"] == "lora" and values["lora_type"] == "lycoris":
+        yield run.problem(
+            key, "is not here for lora_type lycoris; remove it, or set lora_type standard"
+        )
+    name = values["base_model_precision"]
+    if name not in _MOVED:
+        yield run.problem(
+            key, f"does not move weights in {name}; take {' or '.join(_MOVED[1:])}, or remove it"
+        )
+    if not values["gradient_checkpointing"]:
+        yield run.problem(
+            key,
+            "saves nothing while every block's weights are kept for its gradients; set"
+            " gradient_checkpointing true",
+        )
+    elif (values["gradient_checkpointing_interval"] or 1) > 1:
+        yield run.problem(
+            "gradient_checkpointing_interval",
+            f"keeps the weights of the blocks between on the device, beside {key}; remove it",
+        )
+
+
+MEMORY_CHECKS: tuple[Check, ...] = (
+    recomputed_from_elsewhere,
+    one_way_to_offload,
+    offload_fits,
+)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.unit.config.workplace import Workplace
+
+OFFLOAD: dict[str, Any] = {"enable_group_offload": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"gradient_checkpointing_backend": "unsloth", "gradient_checkpointing": False},
+            "gradient_checkpointing_backend: changes nothing without gradient_checkpointing; set"
+            " that, or remove this",
+        ),
+        (
+            {**OFFLOAD, "musubi_blocks_to_swap": 3},
+            "musubi_blocks_to_swap: does not go with enable_group_offload, which moves every"
+            " block; remove one of the two",
+        ),
+        (
+            {"group_offload_type": "leaf_level"},
+            "group_offload_type: changes nothing without enable_group_offload; set that, or remove"
+            " this",
+        ),
+        (
+            {"group_offload_to_disk_path": "fast", "musubi_blocks_to_swap": 1},
+            "group_offload_to_disk_path: changes nothing without enable_group_offload; set that,"
+            " or remove this",
+        ),
+        (
+            {**OFFLOAD, "model_type": "full"},
+            "enable_group_offload: moves frozen weights, and model_type full trains them all;"
+            " remove it, or set model_type lora",
+        ),
+        (
+            {
+                "musubi_blocks_to_swap": 1,
+                "lora_type": "lycoris",
+                "lycoris_config": {"algo": "lokr"},
+            },
+            "musubi_blocks_to_swap: is not here for lora_type lycoris; remove it, or set lora_type"
+            " standard",
+        ),
+        (
+            {**OFFLOAD, "base_model_precision": "int4-quanto"},
+            "enable_group_offload: does not move weights in int4-quanto; take int8-quanto or"
+            " int8-torchao, or remove it",
+        ),
+        (
+            {**OFFLOAD, "gradient_checkpointing": False},
+            "enable_group_offload: saves nothing while every block's weights are kept for its"
+            " gradients; set gradient_checkpointing true",
+        ),
+        (
+            {**OFFLOAD, "gradient_checkpointing_interval": 2},
+            "gradient_checkpointing_interval: keeps the weights of the blocks between on the"
+            " device, beside enable_group_offload; remove it",
+        ),
+        ({**OFFLOAD, "gradient_checkpointing_interval": 1}, None),
+        ({**OFFLOAD, "use_dora": True, "base_model_precision": "int8-torchao"}, None),
+        ({"musubi_blocks_to_swap": 2, "model_type": "full", "controlnet": True}, None),
+        ({**OFFLOAD, "gradient_checkpointing_backend": "unsloth"}, None),
+    ],
+)
+def test_what_waits_elsewhere_can_be_moved_and_is_asked_for_once(
+    place: Workplace, settings: dict[str, Any], said: str | None
+) -> None:
+    place.config(**settings)
+    ours = ("gradient_checkpointing", "enable_group", "group_offload", "musubi")
+    assert [m for m in place.messages() if m.startswith(ours)] == ([said] if said else [])
