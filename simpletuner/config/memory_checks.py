@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.core.errors import Problem
+from simpletuner.precision.compiled import compiles_in
 
 _OFFLOAD, _SWAP = "enable_group_offload", "musubi_blocks_to_swap"
 
@@ -67,8 +68,37 @@ def offload_fits(run: Proposal) -> Iterator[Problem]:
         )
 
 
+def compiled_as_asked(run: Proposal) -> Iterator[Problem]:
+    """Blocks that are compiled are whole, stay where they are, and there is what compiles them."""
+    values, key = run.values, "dynamo_backend"
+    backend = values[key]
+    if run.asks("dynamo_mode") and backend != "inductor":
+        yield run.problem(
+            "dynamo_mode", f"is of {key} inductor, which is {backend}; set that, or remove this"
+        )
+    if backend == "no":
+        return
+    if why := compiles_in(backend, run.device):
+        yield run.problem(key, why)
+    for other in (_OFFLOAD, _SWAP):
+        if values[other]:
+            yield run.problem(key, f"is not here for weights that wait; remove it, or {other}")
+    if values["unet_attention_slice"]:
+        yield run.problem(
+            "unet_attention_slice", f"is not here beside {key}; remove one of the two"
+        )
+    name = values["base_model_precision"]
+    if name != "no_change":
+        yield run.problem(key, f"is not here for weights in {name}; remove one of the two")
+    if values["model_type"] == "lora" and values["lora_type"] == "lycoris":
+        yield run.problem(
+            key, "is not here for lora_type lycoris; remove it, or set lora_type standard"
+        )
+
+
 MEMORY_CHECKS: tuple[Check, ...] = (
     recomputed_from_elsewhere,
     one_way_to_offload,
     offload_fits,
+    compiled_as_asked,
 )

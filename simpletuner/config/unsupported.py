@@ -131,8 +131,8 @@ _GROUPS = (
         """,
     ),
     (
-        "is not here; dynamo_backend and dynamo_mode set how the model is compiled",
-        "dynamo_dynamic=false dynamo_fullgraph=false dynamo_use_regional_compilation=false",
+        "is not here: dynamo_backend and dynamo_mode set how blocks are compiled, one by one",
+        "dynamo_dynamic=false dynamo_fullgraph=false dynamo_use_regional_compilation=true",
     ),
     (
         "is not here; disable_tf32 turns TF32 off",

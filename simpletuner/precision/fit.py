@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.precision.compiled import compile_blocks
 from simpletuner.precision.saved import save_aside
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ def fit(modules: Iterable[nn.Module], settings: PrecisionSettings, device: torch
         if settings.gradient_checkpointing:
             again = EachNth(settings.gradient_checkpointing_interval or 1, settings.offloads)
             module.enable_gradient_checkpointing(again)  # type: ignore[operator]
+        if settings.unet_attention_slice:
+            module.set_attention_slice("auto")  # type: ignore[operator]
+        if settings.dynamo_backend != "no":
+            compile_blocks(module, settings)
         if settings.gradient_checkpointing_backend == "unsloth":
             save_aside(module)
     if settings.offloads:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simpletuner.core.errors import ConfigError
+from simpletuner.precision.blocks import blocks_of
 
 if TYPE_CHECKING:
     from simpletuner.precision.settings import PrecisionSettings
@@ -62,12 +63,6 @@ class Group:
     def nbytes(self) -> int:
         """What they take on the device."""
         return sum(tensor.nbytes for _, _, tensor in self.places())
-
-
-def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The blocks that a model is mostly made of, with their names, as its class tells them."""
-    names = getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None)
-    return [(n, m) for n, m in model.named_modules() if type(m).__name__ in (names or ())]
 
 
 def groups_of(model: nn.Module, settings: PrecisionSettings) -> list[Group]:

@@ -70,8 +70,9 @@ class PrecisionSettings(Section):
     """Where gradient_checkpointing keeps what goes into a block: torch on the device, unsloth in
     the computer's memory: less memory, slower."""
 
-    unet_attention_slice: bool = setting(False, pending=True)
-    """Compute a UNet's attention in slices: less memory, slower."""
+    unet_attention_slice: bool = setting(False)
+    """Compute a UNet's attention in two steps, half of the heads each: less memory where there is
+    no fused kernel, slower."""
 
     accelerator_cache_clear_interval: int | None = setting(
         None, pending=True, ge=1, unit="optimizer steps"
@@ -101,14 +102,15 @@ class PrecisionSettings(Section):
     takes less of the device's memory and is slower."""
 
     dynamo_backend: Literal["no", "inductor", "eager", "aot_eager", "cudagraphs"] = setting(
-        "no", pending=True
+        "no", pending=("cudagraphs",)
     )
-    """Compile the model with torch.compile: a slow first step, faster ones after."""
+    """Compile the model's blocks with torch.compile: a slow first step, faster ones after. The two
+    of the eager kind go only a part of that road, to look for a fault."""
 
     dynamo_mode: Literal[
         "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
-    ] = setting("default", pending=True)
-    """How hard torch.compile tries."""
+    ] = setting("default", pending=("reduce-overhead", "max-autotune"))
+    """How hard inductor tries."""
 
     @property
     def offloads(self) -> bool:

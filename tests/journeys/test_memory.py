@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from simpletuner.apps.cli import main
 from tests.journeys.test_controlnet import controlled
@@ -95,3 +96,21 @@ def test_an_estimate_counts_what_waits(
         assert each["waiting"] < each["base"]
     assert main(["estimate", "--config", str(run.write(**ways[1]))]) == 0
     assert "\nof them off the device" in capsys.readouterr().out
+
+
+def test_a_compiled_run_learns_the_same_and_goes_on(tmp_path: Path, tiny_sd3: Path) -> None:
+    """The road that compiles C++: half a minute for a model of this size."""
+    chosen = {"model_family": "sd3", "lr_scheduler": "constant", "validation_disable": True}
+    plain, compiled = (Run(tmp_path / name, tiny_sd3) for name in ("plain", "compiled"))
+    for run in (plain, compiled):
+        run.dataset |= {"crop": True, "crop_aspect": "square"}  # each shape is compiled by itself
+    assert plain.train(**chosen) == 0
+    before = dict(counters["inductor"])
+    assert compiled.train(**chosen, dynamo_backend="inductor", max_train_steps=2) == 0
+    assert compiled.train(**chosen, dynamo_backend="inductor") == 0
+    assert compiled.losses() == pytest.approx(plain.losses(), rel=1e-5)
+    assert counters["inductor"] != before
+    name = "pytorch_lora_weights.safetensors"
+    weights = load_file(compiled.out / name)
+    for key, value in load_file(plain.out / name).items():
+        torch.testing.assert_close(weights[key], value, atol=2e-5, rtol=1e-2)

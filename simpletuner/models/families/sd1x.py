@@ -40,7 +40,7 @@ class SD1(Family):
         }
     )
     prediction_types = ("epsilon", "v_prediction", "sample")
-    own_settings = ("rescale_betas_zero_snr",)
+    own_settings = ("rescale_betas_zero_snr", "unet_attention_slice")
     text_parts = ("text_encoder", "tokenizer")
     text_outputs = ("prompt_embeds", None)
     layouts = MappingProxyType({"prompt_embeds": "stack"})

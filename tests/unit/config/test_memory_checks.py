@@ -9,6 +9,9 @@ from tests.unit.config.workplace import Workplace
 OFFLOAD: dict[str, Any] = {"enable_group_offload": True}
 
 
+COMPILED = {"dynamo_backend": "aot_eager"}
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -61,6 +64,34 @@ OFFLOAD: dict[str, Any] = {"enable_group_offload": True}
             "gradient_checkpointing_interval: keeps the weights of the blocks between on the"
             " device, beside enable_group_offload; remove it",
         ),
+        (
+            {**COMPILED, "dynamo_mode": "max-autotune-no-cudagraphs"},
+            "dynamo_mode: is of dynamo_backend inductor, which is aot_eager; set that, or remove"
+            " this",
+        ),
+        (
+            {**COMPILED, **OFFLOAD},
+            "dynamo_backend: is not here for weights that wait; remove it, or enable_group_offload",
+        ),
+        (
+            {**COMPILED, "base_model_precision": "int8-torchao"},
+            "dynamo_backend: is not here for weights in int8-torchao; remove one of the two",
+        ),
+        (
+            {**COMPILED, "lora_type": "lycoris", "lycoris_config": {"algo": "lokr"}},
+            "dynamo_backend: is not here for lora_type lycoris; remove it, or set lora_type"
+            " standard",
+        ),
+        (
+            {**COMPILED, "unet_attention_slice": True},
+            "unet_attention_slice: is not here beside dynamo_backend; remove one of the two",
+        ),
+        (
+            {"unet_attention_slice": True, "model_family": "sd3"},
+            "unet_attention_slice: sd3 has no use for it, sd1x and sdxl have; remove it",
+        ),
+        ({"unet_attention_slice": True, **OFFLOAD}, None),
+        ({**COMPILED, "use_dora": True}, None),
         ({**OFFLOAD, "gradient_checkpointing_interval": 1}, None),
         ({**OFFLOAD, "use_dora": True, "base_model_precision": "int8-torchao"}, None),
         ({"musubi_blocks_to_swap": 2, "model_type": "full", "controlnet": True}, None),
@@ -71,5 +102,5 @@ def test_what_waits_elsewhere_can_be_moved_and_is_asked_for_once(
     place: Workplace, settings: dict[str, Any], said: str | None
 ) -> None:
     place.config(**settings)
-    ours = ("gradient_checkpointing", "enable_group", "group_offload", "musubi")
+    ours = ("gradient_checkpointing", "enable_group", "group_offload", "musubi", "dynamo", "unet")
     assert [m for m in place.messages() if m.startswith(ours)] == ([said] if said else [])

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from simpletuner.adapters.method import Trainable
 from simpletuner.core.errors import ConfigError
 from simpletuner.precision import offload
+from simpletuner.precision.blocks import blocks_of
 from simpletuner.precision.fit import fit
 from simpletuner.precision.quantise import quantise
 from simpletuner.precision.settings import PrecisionSettings
@@ -147,7 +148,7 @@ def test_weights_wait_on_the_disk_in_a_folder_that_goes_with_the_model(
         tiny_sdxl, "sdxl", {}, enable_group_offload=True, group_offload_to_disk_path=tmp_path / "a"
     )
     assert all(torch.equal(found.gradients[name], value) for name, value in plain.items())
-    blocks = offload.blocks_of(found.trainable.denoiser)
+    blocks = blocks_of(found.trainable.denoiser)
     files = list(tmp_path.rglob("*.safetensors"))
     assert len(files) == len(blocks) > 1
     held = sum(v.nbytes for file in files for v in load_file(file).values())
@@ -161,7 +162,7 @@ def test_weights_wait_on_the_disk_in_a_folder_that_goes_with_the_model(
 
 def test_blocks_that_are_not_there_cannot_be_swapped(tiny_sd3: Path) -> None:
     trainable = build_stepper(tiny_sd3, family_name="sd3").weights.trainable
-    blocks = len(offload.blocks_of(trainable.denoiser))
+    blocks = len(blocks_of(trainable.denoiser))
     with pytest.raises(ConfigError) as caught:
         fit(trainable.modules, PrecisionSettings(musubi_blocks_to_swap=blocks + 1), CPU)
     assert f"has {blocks} blocks, {blocks + 1} are asked for" in str(caught.value)
