@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.core.errors import Problem
+from simpletuner.precision.attention import ATTENTION, attends_in
 from simpletuner.precision.compiled import compiles_in
 
 _OFFLOAD, _SWAP = "enable_group_offload", "musubi_blocks_to_swap"
@@ -96,9 +97,21 @@ def compiled_as_asked(run: Proposal) -> Iterator[Problem]:
         )
 
 
+def attention_runs_here(run: Proposal) -> Iterator[Problem]:
+    """The kernel that computes attention is there, and fits the machine."""
+    key, chosen = "attention_mechanism", run.values["attention_mechanism"]
+    if chosen not in ATTENTION:
+        return
+    if why := attends_in(chosen, run.device):
+        yield run.problem(key, why)
+    if chosen != "diffusers" and run.values["dynamo_backend"] != "no":
+        yield run.problem(key, "is not here beside dynamo_backend; remove one of the two")
+
+
 MEMORY_CHECKS: tuple[Check, ...] = (
     recomputed_from_elsewhere,
     one_way_to_offload,
     offload_fits,
     compiled_as_asked,
+    attention_runs_here,
 )

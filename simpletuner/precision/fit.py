@@ -50,7 +50,7 @@ def fit(modules: Iterable[nn.Module], settings: PrecisionSettings, device: torch
         device: Where a step computes.
 
     Raises:
-        ConfigError: More blocks are to be swapped than there are.
+        ConfigError: More blocks are to be swapped than there are, or a kernel does not fit.
     """
     modules = tuple(modules)
     for module in modules:
@@ -63,6 +63,10 @@ def fit(modules: Iterable[nn.Module], settings: PrecisionSettings, device: torch
             compile_blocks(module, settings)
         if settings.gradient_checkpointing_backend == "unsloth":
             save_aside(module)
+        if settings.attention_mechanism != "diffusers":
+            from simpletuner.precision.kernels import attend_by
+
+            attend_by(module, settings.attention_mechanism)
     if settings.offloads:
         from simpletuner.precision import offload
 

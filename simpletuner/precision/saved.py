@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+from simpletuner.precision.around import around
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,18 +27,7 @@ def save_aside(module: nn.Module) -> None:
     Args:
         module: The outermost one of a forward pass.
     """
-    open_hooks: list[saved_tensors_hooks] = []
-
-    def begin(*_: Any) -> None:
-        hooks = saved_tensors_hooks(_aside, lambda get: get())
-        hooks.__enter__()
-        open_hooks.append(hooks)
-
-    def end(*_: Any) -> None:
-        open_hooks.pop().__exit__()
-
-    module.register_forward_pre_hook(begin)
-    module.register_forward_hook(end, always_call=True)
+    around(module, lambda: saved_tensors_hooks(_aside, lambda get: get()))
 
 
 def _aside(tensor: Tensor) -> Get:

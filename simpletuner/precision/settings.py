@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from simpletuner.core.section import Section, setting
+from simpletuner.precision.attention import ATTENTION
 from simpletuner.precision.quantisers import QUANTISERS
-
-Kernel = Literal[
-    "diffusers",
-    "xformers",
-    "sageattention",
-    "flash-attn",
-    "flash-attn-2",
-    "flash-attn-3",
-    "flash-attn-3-varlen",
-]
-
-_OTHER_KERNELS = get_args(Kernel)[1:]
 
 
 class PrecisionSettings(Section):
@@ -35,13 +24,11 @@ class PrecisionSettings(Section):
     """Compute activations twice instead of keeping them: much less memory, about a quarter
     slower."""
 
-    attention_mechanism: Kernel = setting("diffusers", pending=_OTHER_KERNELS)
-    """The kernel that computes attention; diffusers is torch's own."""
+    attention_mechanism: str = setting("diffusers", table=ATTENTION)
+    """The kernel that computes attention; those that give no gradients do so in validation."""
 
-    sageattention_usage: Literal["inference", "training", "training+inference"] = setting(
-        "inference", pending=True
-    )
-    """When sageattention is used; it trains no gradient through attention."""
+    sageattention_usage: Literal["inference"] = setting("inference")
+    """When sageattention is used: it trains no gradient through attention."""
 
     base_model_precision: str = setting("no_change", table=QUANTISERS)
     """What the frozen base is quantised to; fewer bits take less memory and lose detail."""

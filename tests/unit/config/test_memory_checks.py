@@ -90,6 +90,18 @@ COMPILED = {"dynamo_backend": "aot_eager"}
             {"unet_attention_slice": True, "model_family": "sd3"},
             "unet_attention_slice: sd3 has no use for it, sd1x and sdxl have; remove it",
         ),
+        (
+            {"attention_mechanism": "sageattention"},
+            "attention_mechanism: sageattention runs on cuda alone, and this is cpu; remove it",
+        ),
+        (
+            {"sageattention_usage": "training"},
+            'sageattention_usage: must be one of inference, got "training"',
+        ),
+        (
+            {"attention_mechanism": "xformers", **COMPILED},
+            "attention_mechanism: is not here beside dynamo_backend; remove one of the two",
+        ),
         ({"unet_attention_slice": True, **OFFLOAD}, None),
         ({**COMPILED, "use_dora": True}, None),
         ({**OFFLOAD, "gradient_checkpointing_interval": 1}, None),
@@ -102,5 +114,5 @@ def test_what_waits_elsewhere_can_be_moved_and_is_asked_for_once(
     place: Workplace, settings: dict[str, Any], said: str | None
 ) -> None:
     place.config(**settings)
-    ours = ("gradient_checkpointing", "enable_group", "group_offload", "musubi", "dynamo", "unet")
-    assert [m for m in place.messages() if m.startswith(ours)] == ([said] if said else [])
+    found = place.messages(ACCELERATE_USE_CPU="true")
+    assert [m for m in found if not m.startswith("id: ")] == ([said] if said else [])
