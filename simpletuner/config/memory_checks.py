@@ -56,6 +56,11 @@ def offload_fits(run: Proposal) -> Iterator[Problem]:
         yield run.problem(
             key, f"does not move weights in {name}; take {' or '.join(_MOVED[1:])}, or remove it"
         )
+    elif name != "no_change" and run.asks("group_offload_to_disk_path"):
+        yield run.problem(
+            "group_offload_to_disk_path",
+            f"writes no weights in {name}; remove it, or base_model_precision",
+        )
     if not values["gradient_checkpointing"]:
         yield run.problem(
             key,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from simpletuner.core.errors import ConfigError
 from simpletuner.precision.blocks import blocks_of
@@ -52,17 +53,22 @@ class Group:
 
     def places(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         """Where each tensor is kept, its name there, and itself."""
-        for module in self.module.modules() if self.whole else (self.module,):
-            held: dict[str, Any]
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None and not tensor.requires_grad:
-                        yield held, name, tensor
+        found = _places(self.module.modules() if self.whole else (self.module,))
+        return (place for place in found if not place[2].requires_grad)
 
     @property
     def nbytes(self) -> int:
         """What they take on the device."""
         return sum(tensor.nbytes for _, _, tensor in self.places())
+
+
+def _places(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for module in modules:
+        held: dict[str, Any]
+        for held in (module._parameters, module._buffers):
+            for name, tensor in list(held.items()):
+                if tensor is not None:
+                    yield held, name, tensor
 
 
 def groups_of(model: nn.Module, settings: PrecisionSettings) -> list[Group]:
@@ -118,9 +124,13 @@ def apply(models: Sequence[nn.Module], settings: PrecisionSettings, device: torc
             hook = _Turn(group, device, folder and folder / f"{number}.safetensors")
             HookRegistry.check_if_exists_or_initialize(group.module).register_hook(hook, _HOOK)
             waiting.update(id(tensor) for _, _, tensor in group.places())
-        for tensor in (*model.parameters(), *model.buffers()):
-            if id(tensor) not in waiting:
+        for held, name, tensor in _places(model.modules()):
+            if id(tensor) in waiting:
+                continue
+            if _is_plain(tensor):
                 tensor.data = tensor.data.to(device)
+            else:
+                held[name] = _like(tensor, tensor.to(device))
 
 
 def release(models: Sequence[nn.Module]) -> None:
@@ -197,5 +207,9 @@ def _like(tensor: Tensor, values: Tensor) -> Tensor:
 
 def _pinned(tensor: Tensor) -> Tensor:
     """In memory that the device reads by itself; quantised weights know of no such."""
-    plain = type(tensor) in (Tensor, nn.Parameter)
-    return tensor.detach().pin_memory() if plain else tensor
+    return tensor.detach().pin_memory() if _is_plain(tensor) else tensor
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """False for one that is made of others, as quantised ones are: it cannot be set in place."""
+    return not is_traceable_wrapper_subclass(tensor)

@@ -55,6 +55,15 @@ COMPILED = {"dynamo_backend": "aot_eager"}
             " int8-torchao, or remove it",
         ),
         (
+            {
+                **OFFLOAD,
+                "base_model_precision": "int8-torchao",
+                "group_offload_to_disk_path": "fast",
+            },
+            "group_offload_to_disk_path: writes no weights in int8-torchao; remove it, or"
+            " base_model_precision",
+        ),
+        (
             {**OFFLOAD, "gradient_checkpointing": False},
             "enable_group_offload: saves nothing while every block's weights are kept for its"
             " gradients; set gradient_checkpointing true",
