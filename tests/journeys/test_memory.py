@@ -40,9 +40,10 @@ def result(run: Run, **settings: Any) -> tuple[list[float], dict[str, torch.Tens
         {"enable_group_offload": True, "use_dora": True, "use_ema": True},
         {"enable_group_offload": True, "group_offload_type": "leaf_level", "to_disk": True},
         {"enable_group_offload": True, "mixed_precision": "bf16", "to_disk": True},
+        {"enable_group_offload": True, "base_model_precision": "int8-quanto"},
         {"enable_group_offload": True, "controlnet": True},
     ],
-    ids=["swap", "blocks", "layers", "bf16", "controlnet"],
+    ids=["swap", "blocks", "layers", "bf16", "int8", "controlnet"],
 )
 def test_a_run_ends_the_same_and_goes_on_the_same(
     tmp_path: Path, tiny_sd3: Path, settings: dict[str, Any]
