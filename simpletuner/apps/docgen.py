@@ -19,6 +19,7 @@ from simpletuner.core.files import write_text
 from simpletuner.core.table import Row, Table
 from simpletuner.data.settings import DatasetSettings, ImageEmbedsSettings, TextEmbedsSettings
 from simpletuner.optim.optimizers import OPTIMIZERS
+from simpletuner.precision.attention import ATTENTION
 from simpletuner.precision.quantisers import QUANTISERS, quantised_in
 
 _GENERATED = (
@@ -33,6 +34,7 @@ def documents() -> dict[str, str]:
         "DATALOADER.md": dataloader_page(),
         "OPTIMIZERS.md": optimizers_page(),
         "PRECISION.md": precision_page(),
+        "ATTENTION.md": attention_page(),
         "config.schema.json": _json(config_schema()),
         "multidatabackend.schema.json": _json(datasets_schema()),
     }
@@ -160,6 +162,34 @@ def precision_page() -> str:
             ("format", "take"),
             [(f"`{name}`", f"`{instead}`") for name, instead in QUANTISERS.elsewhere.items()],
         ),
+    ]
+    return "\n".join(parts)
+
+
+def attention_page() -> str:
+    """Every kernel of attention, with what it needs."""
+    heads = ("value", "what it is", "device", "dtypes", "package", "trains")
+    rows = [
+        (
+            f"`{row.name}`",
+            row.summary + (" **Not built yet.**" if row.pending else ""),
+            " ".join(row.fact("on")),
+            row.fact("dtypes"),
+            row.fact("package"),
+            "yes" if row.fact("trains") else "no",
+        )
+        for row in ATTENTION.values()
+    ]
+    parts = [
+        _GENERATED,
+        "# Attention\n",
+        "`attention_mechanism` names what computes attention. `simpletuner check` refuses what "
+        "the machine lacks, and names the line that installs it.\n",
+        _table(heads, rows),
+        "torch's own kernels have flash attention for bf16 on CUDA, and one that takes little "
+        "memory for everything else, in training and validation alike. sageattention takes heads "
+        "of 64, 96 or 128 numbers, as SDXL, SD3 and FLUX have and SD 1.x has not, and no masks; "
+        "what it does not take, torch's own compute.\n",
     ]
     return "\n".join(parts)
 

@@ -91,10 +91,10 @@ _GROUPS = (
     (
         "is not here; for less memory use gradient_checkpointing or enable_group_offload",
         """
-        gradient_checkpointing_backend=torch gradient_checkpointing_offload_attention=false
+        gradient_checkpointing_offload_attention=false
         gradient_checkpointing_offload_pin_memory_max_buckets=12
         gradient_checkpointing_offload_prefetch=false gradient_checkpointing_segment_stride
-        group_offload_text_encoder=false group_offload_to_disk_path group_offload_vae=false
+        group_offload_text_encoder=false group_offload_vae=false
         musubi_block_swap_device=cpu offload_during_save=false ramtorch=false
         ramtorch_controlnet=false ramtorch_disable_extensions=true
         ramtorch_disable_sync_hooks=false ramtorch_target_modules ramtorch_text_encoder=false
@@ -131,8 +131,8 @@ _GROUPS = (
         """,
     ),
     (
-        "is not here; dynamo_backend and dynamo_mode set how the model is compiled",
-        "dynamo_dynamic=false dynamo_fullgraph=false dynamo_use_regional_compilation=false",
+        "is not here: dynamo_backend and dynamo_mode set how blocks are compiled, one by one",
+        "dynamo_dynamic=false dynamo_fullgraph=false dynamo_use_regional_compilation=true",
     ),
     (
         "is not here; disable_tf32 turns TF32 off",

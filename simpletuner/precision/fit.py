@@ -1,4 +1,4 @@
-"""Make a model fit its device: recomputed activations."""
+"""Make a model fit its device: what is computed twice, and what waits in the computer's memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.precision.compiled import compile_blocks
+from simpletuner.precision.saved import save_aside
+
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from simpletuner.precision.settings import PrecisionSettings
@@ -19,9 +23,12 @@ class EachNth:
 
     Args:
         interval: N.
+        whole: Recompute a block to its end, not only to the last tensor that is asked for, so that
+            what waits for its end is called.
     """
 
     interval: int
+    whole: bool = False
     _places: dict[int, int] = field(default_factory=dict)
     """Where each block comes among all, by its identity; blocks are met in one order."""
 
@@ -32,21 +39,45 @@ class EachNth:
         place = self._places.setdefault(id(block), len(self._places))
         if place % self.interval:
             return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(block, *inputs, use_reentrant=False, early_stop=not self.whole)
 
 
-def fit(modules: Iterable[nn.Module], settings: PrecisionSettings) -> None:
-    """Apply the memory settings to all that a step calls, adapters attached."""
-    if not settings.gradient_checkpointing:
-        return
-    interval = settings.gradient_checkpointing_interval or 1
+def fit(modules: Iterable[nn.Module], settings: PrecisionSettings, device: torch.device) -> None:
+    """Apply the memory settings to all that a step calls, adapters attached.
+
+    Args:
+        modules: The denoiser, and what trains beside it; but for text encoders on the CPU where
+            `settings` offload.
+        settings: What is asked for.
+        device: Where a step computes.
+
+    Raises:
+        ConfigError: More blocks are to be swapped than there are, or a kernel does not fit.
+    """
+    models: list[nn.Module] = []
     for module in modules:
-        if not hasattr(module, "enable_gradient_checkpointing"):
-            _recompute_layers(module, interval)
-        elif interval == 1:
-            module.enable_gradient_checkpointing()  # type: ignore[operator]
-        else:
-            module.enable_gradient_checkpointing(EachNth(interval))  # type: ignore[operator]
+        if not hasattr(module, "enable_gradient_checkpointing"):  # a text encoder: small, it stays
+            if settings.gradient_checkpointing:
+                _recompute_layers(module, settings.gradient_checkpointing_interval or 1)
+            continue
+        models.append(module)
+        if settings.gradient_checkpointing:
+            again = EachNth(settings.gradient_checkpointing_interval or 1, settings.offloads)
+            module.enable_gradient_checkpointing(again)  # type: ignore[operator]
+        if settings.unet_attention_slice:
+            module.set_attention_slice("auto")  # type: ignore[operator]
+        if settings.dynamo_backend != "no":
+            compile_blocks(module, settings)
+        if settings.gradient_checkpointing_backend == "unsloth":
+            save_aside(module)
+        if settings.attention_mechanism != "diffusers":
+            from simpletuner.precision.kernels import attend_by
+
+            attend_by(module, settings.attention_mechanism)
+    if settings.offloads:
+        from simpletuner.precision import offload
+
+        offload.apply(models, settings, device)
 
 
 def _recompute_layers(model: nn.Module, interval: int) -> None:

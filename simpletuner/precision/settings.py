@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Literal
 
 from simpletuner.core.section import Section, setting
+from simpletuner.precision.attention import ATTENTION
 from simpletuner.precision.quantisers import QUANTISERS
-
-Kernel = Literal[
-    "diffusers",
-    "xformers",
-    "sageattention",
-    "flash-attn",
-    "flash-attn-2",
-    "flash-attn-3",
-    "flash-attn-3-varlen",
-]
-
-_OTHER_KERNELS = get_args(Kernel)[1:]
 
 
 class PrecisionSettings(Section):
@@ -35,13 +25,11 @@ class PrecisionSettings(Section):
     """Compute activations twice instead of keeping them: much less memory, about a quarter
     slower."""
 
-    attention_mechanism: Kernel = setting("diffusers", pending=_OTHER_KERNELS)
-    """The kernel that computes attention; diffusers is torch's own."""
+    attention_mechanism: str = setting("diffusers", table=ATTENTION)
+    """The kernel that computes attention; those that give no gradients do so in validation."""
 
-    sageattention_usage: Literal["inference", "training", "training+inference"] = setting(
-        "inference", pending=True
-    )
-    """When sageattention is used; it trains no gradient through attention."""
+    sageattention_usage: Literal["inference"] = setting("inference")
+    """When sageattention is used: it trains no gradient through attention."""
 
     base_model_precision: str = setting("no_change", table=QUANTISERS)
     """What the frozen base is quantised to; fewer bits take less memory and lose detail."""
@@ -67,20 +55,26 @@ class PrecisionSettings(Section):
     """Apply gradient_checkpointing only to every so many blocks; larger is faster and takes more
     memory; without it, to all."""
 
-    unet_attention_slice: bool = setting(False, pending=True)
-    """Compute a UNet's attention in slices: less memory, slower."""
+    gradient_checkpointing_backend: Literal["torch", "unsloth"] = setting("torch")
+    """Where gradient_checkpointing keeps what goes into a block: torch on the device, unsloth in
+    the computer's memory: less memory, slower."""
+
+    unet_attention_slice: bool = setting(False)
+    """Compute a UNet's attention in two steps, half of the heads each: less memory where there is
+    no fused kernel, slower."""
 
     accelerator_cache_clear_interval: int | None = setting(
         None, pending=True, ge=1, unit="optimizer steps"
     )
     """How often the device's memory cache is emptied; smaller is slower."""
 
-    enable_group_offload: bool = setting(False, pending=True)
-    """Keep the model's blocks in the computer's memory and bring each to the device when its turn
-    comes: far less memory, slower."""
+    enable_group_offload: bool = setting(False)
+    """Keep the model's frozen blocks in the computer's memory and bring each to the device when its
+    turn comes: far less memory, slower. What trains stays on the device."""
 
-    group_offload_type: Literal["block_level", "leaf_level"] = setting("block_level", pending=True)
-    """What is brought at a time: blocks, or single layers (least memory, slowest)."""
+    group_offload_type: Literal["block_level", "leaf_level"] = setting("block_level")
+    """What is brought at a time: blocks, or single layers, those outside of blocks as well (least
+    memory, slowest)."""
 
     group_offload_blocks_per_group: int = setting(1, pending=True, ge=1, unit="blocks")
     """How many blocks are brought together; larger is faster and takes more memory."""
@@ -88,16 +82,26 @@ class PrecisionSettings(Section):
     group_offload_use_stream: bool = setting(False, pending=True)
     """Bring the next blocks while the present ones compute (CUDA only)."""
 
-    musubi_blocks_to_swap: int = setting(0, pending=True, ge=0, unit="blocks")
-    """How many of the last blocks stay in the computer's memory until their turn; larger takes
-    less of the device's memory and is slower."""
+    group_offload_to_disk_path: Path | None = setting(None, path=True)
+    """A folder on a fast disk where enable_group_offload keeps the blocks, in place of the
+    computer's memory; emptied when the run ends."""
+
+    musubi_blocks_to_swap: int = setting(0, ge=0, unit="blocks")
+    """How many of the last frozen blocks stay in the computer's memory until their turn; larger
+    takes less of the device's memory and is slower."""
 
     dynamo_backend: Literal["no", "inductor", "eager", "aot_eager", "cudagraphs"] = setting(
-        "no", pending=True
+        "no", pending=("cudagraphs",)
     )
-    """Compile the model with torch.compile: a slow first step, faster ones after."""
+    """Compile the model's blocks with torch.compile: a slow first step, faster ones after. The two
+    of the eager kind go only a part of that road, to look for a fault."""
 
     dynamo_mode: Literal[
         "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
-    ] = setting("default", pending=True)
-    """How hard torch.compile tries."""
+    ] = setting("default", pending=("reduce-overhead", "max-autotune"))
+    """How hard inductor tries."""
+
+    @property
+    def offloads(self) -> bool:
+        """True if frozen weights wait in the computer's memory until their turn."""
+        return self.enable_group_offload or self.musubi_blocks_to_swap > 0

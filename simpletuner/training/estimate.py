@@ -29,6 +29,7 @@ from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.optimizers import OPTIMIZERS
 from simpletuner.precision.dtypes import run_dtype
 from simpletuner.precision.fit import fit
+from simpletuner.precision.offload import groups_of
 from simpletuner.precision.plan import PlanRow
 from simpletuner.precision.quantise import Quantised, Quantiser, foreseen
 from simpletuner.training.held import held_in
@@ -53,6 +54,7 @@ class Estimate:
         weights: Of the denoiser.
         trained: Those that train.
         base: What holds the denoiser's weights.
+        waiting: Those of them that are in the computer's memory at any one time.
         encoders: What holds text encoders that stay loaded because some of them train.
         adapters: What holds trained weights beside the denoiser's own; 0 for full fine-tuning.
         gradients: Of what trains.
@@ -70,6 +72,7 @@ class Estimate:
     weights: int
     trained: int
     base: int
+    waiting: int
     encoders: int
     adapters: int
     gradients: int
@@ -86,8 +89,9 @@ class Estimate:
     @property
     def device(self) -> int:
         """All that a training step holds on the device."""
-        held = self.base + self.encoders + self.adapters + self.gradients + self.optimizer
-        return held + self.activations + self.average * self.average_on_device
+        held = self.base - self.waiting + self.encoders + self.adapters + self.gradients
+        held += self.optimizer + self.activations
+        return held + self.average * self.average_on_device
 
 
 class Live(TorchDispatchMode):
@@ -182,7 +186,9 @@ def estimate(
     weights = sum(p.numel() for p in denoiser.parameters())
     name = config.precision.base_model_precision
     whole = config.adapter.trains == "full"
-    told = {family.denoiser: foreseen(denoiser, family.denoiser, name)}
+    shrunk = foreseen(denoiser, family.denoiser, name)
+    told = {family.denoiser: shrunk}
+    waiting = _waiting(denoiser, config) * shrunk.after // max(shrunk.before, 1)
     # where adapters start costs nothing, and needs weights
     chosen = config.adapter.model_copy(update={"lora_init_type": "default", "init_lora": None})
     trains_text = config.adapter.train_text_encoder
@@ -193,7 +199,8 @@ def estimate(
     plan = precision_plan(config, family, trainable, told, unopened="not counted")
     for module in trainable.modules:
         Module.to(module, _META, dtype)
-    fit(trainable.modules, config.precision)
+    all_there = {"enable_group_offload": False, "musubi_blocks_to_swap": 0}
+    fit(trainable.modules, config.precision.model_copy(update=all_there), _META)
     trained = [(n, p.numel()) for n, p in trainable.parameters().items()]
     count = sum(numel for _, numel in trained)
     started = 1 + (config.adapter.lora_init_type in STARTS)
@@ -208,7 +215,8 @@ def estimate(
     return Estimate(
         weights=weights,
         trained=count,
-        base=told[family.denoiser].after,
+        base=shrunk.after,
+        waiting=waiting,
         encoders=sum(each.after for part, each in told.items() if part != family.denoiser),
         adapters=0 if whole else net * 4 or count * wide * started,
         gradients=count * (4 if config.optimizer.gradient_precision == "fp32" else wide),
@@ -229,6 +237,14 @@ def _encoders_foreseen(config: Config, encoders: TextEncoders) -> dict[str, Quan
     formats = Quantiser(config.precision)
     found = encoders.modules.items()
     return {part: foreseen(module, part, formats.format(part)) for part, module in found}
+
+
+def _waiting(denoiser: Module, config: Config) -> int:
+    """Bytes of frozen weights off the device, as they are before they are quantised."""
+    if not config.precision.offloads:
+        return 0
+    sizes = [group.nbytes for group in groups_of(denoiser, config.precision)]
+    return sum(sizes) - max(sizes, default=0)
 
 
 def _largest(sources: Sequence[DataSource]) -> tuple[int, int]:

@@ -108,13 +108,15 @@ def explain_not_finite(
 
     By then the update has spread what is not finite over the adapters, so the replay is made
     without them: what it finds is in the data or the base, what it does not find is divergence.
+    Compiled blocks are replayed as they are written, or nobody could look inside.
     """
     blamed: list[str] = []
     where = "the loss itself"
     trainable = stepper.weights.trainable
     for micro, (planned, batch) in enumerate(window):
         fault = _FirstFault(trainable.modules)
-        with trainable.disabled(), fault, torch.no_grad():
+        stance = torch.compiler.set_stance("force_eager")
+        with trainable.disabled(), fault, torch.no_grad(), stance:
             share = stepper.micro_loss(step, micro, planned, batch)
         if fault.name is not None:
             where = f"module {fault.name}"

@@ -15,13 +15,13 @@ from simpletuner.adapters.weights import Weights
 from simpletuner.core.errors import RESUME, TrainingError, is_out_of_memory
 from simpletuner.core.files import put_in_place
 from simpletuner.core.seeds import Seeds
-from simpletuner.core.types import Place
 from simpletuner.data.opening import open_sources
 from simpletuner.data.plan import BatchPlan
 from simpletuner.data.report import DataReport
 from simpletuner.models.encoders import TextEncoders
 from simpletuner.models.loading import open_family
 from simpletuner.optim.build import build_optimizer
+from simpletuner.precision import offload
 from simpletuner.precision.dtypes import run_dtype
 from simpletuner.precision.fit import fit
 from simpletuner.precision.quantise import Quantiser
@@ -29,7 +29,7 @@ from simpletuner.precision.scaling import Scaler
 from simpletuner.runtime.runtime import Runtime
 from simpletuner.training.checkpoint import Checkpointer
 from simpletuner.training.control import Control
-from simpletuner.training.held import held_in
+from simpletuner.training.held import opened_at
 from simpletuner.training.identity import starting_state
 from simpletuner.training.precompute import precompute
 from simpletuner.training.prefetch import Prefetcher
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from simpletuner.config.root import Config
     from simpletuner.core.events import Bus
     from simpletuner.core.files import RunFolder
+    from simpletuner.core.types import Place
     from simpletuner.data.settings import Datasets
     from simpletuner.data.source import DataSource
     from simpletuner.models.family import Family
@@ -168,12 +169,12 @@ def _weights(
     """The denoiser with what trains on it and what moves that; text encoders if they train."""
     adapter = config.adapter
     shrink = with_preset(adapter, family, quantiser)
-    denoiser = family.open_denoiser(Place(place.device, held_in(config)), shrink)
+    denoiser = family.open_denoiser(opened_at(config, place), shrink)
     trains_text = adapter.train_text_encoder
     encoders = TextEncoders.opened(family, place, quantiser) if trains_text else None
     seeds.reseed_torch("adapter")
     trainable = attach(denoiser, family, adapter, encoders)
-    fit(trainable.modules, config.precision)
+    fit(trainable.modules, config.precision, place.device)
     optimizer = build_optimizer(config.optimizer, trainable.groups(), seeds)
     average = Ema.of(trainable.parameters(), adapter)
     return Weights(trainable, optimizer, average, Scaler.of(place.dtype, place.device)), encoders
@@ -183,6 +184,7 @@ def _export(
     trainable: Trainable, folder: RunFolder, metadata: Mapping[str, str]
 ) -> tuple[Path, Verified]:
     """Write the user's files; none replaces an earlier one before the first was read back."""
+    offload.release(trainable.modules)
     with folder.writing("the weights"), folder.staging() as staging:
         written, *others = trainable.export(staging, metadata)
         verified = trainable.verify(written)

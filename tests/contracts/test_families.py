@@ -327,6 +327,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less_the_smaller_i
         fit(
             lora.modules,
             PrecisionSettings(gradient_checkpointing=interval is not None, **settings),
+            CPU.device,
         )
         held: dict[int, int] = {}
 

@@ -95,6 +95,25 @@ def test_checkpointed_activations_change_nothing(family: tuple[str, Path], tmp_p
     assert saving.losses() == pytest.approx(plain.losses(), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing_backend": "unsloth"},
+        {"musubi_blocks_to_swap": 1},
+        {"enable_group_offload": True},
+        {"enable_group_offload": True, "group_offload_type": "leaf_level", "use_dora": True},
+    ],
+)
+def test_what_waits_in_the_computers_memory_changes_nothing(
+    family: tuple[str, Path], tmp_path: Path, settings: dict[str, object]
+) -> None:
+    shared = {"use_dora": settings.get("use_dora", False), "gradient_checkpointing": True}
+    plain = run_of(tmp_path / "plain", family, **shared)
+    waiting = run_of(tmp_path / "waiting", family, **shared)
+    assert plain.train() == waiting.train(**settings) == 0
+    assert waiting.losses() == pytest.approx(plain.losses(), rel=1e-3)
+
+
 def test_a_full_memory_of_the_device_is_told_from_other_faults() -> None:
     with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
         torch.empty(1 << 46, dtype=torch.uint8, device="cuda")

@@ -177,7 +177,6 @@ def test_the_sd3_stable_and_smallest_values_pass(
         capsys,
         "--base_model_precision=nf4-bnb",
         "--optimizer=bnb-lion8bit-paged",
-        "--attention_mechanism=sageattention",
         "--mixed_precision=no",
         "--t5_padding=zero",
         "--tokenizer_max_length=77",
@@ -186,7 +185,7 @@ def test_the_sd3_stable_and_smallest_values_pass(
 
     assert stable["config"]["max_grad_norm"] == 0.1
     assert pending(stable) == {"validation_guidance_skip_layers"}
-    assert pending(smallest) == {"attention_mechanism"}
+    assert pending(smallest) == set()
 
 
 @pytest.mark.parametrize("spelling", ["MODEL_TYPE", "--model-type", "Model_Type"])

@@ -71,6 +71,7 @@ def lines(found: Estimate) -> list[str]:
     """The estimate as a table."""
     rows = [
         ("the model's weights", found.base, f"{found.weights:,} weights"),
+        ("of them off the device", found.waiting, "in the computer's memory, or on its disk"),
         ("text encoders", found.encoders, "which stay loaded"),
         ("adapters", found.adapters, f"{found.trained:,} weights train"),
         ("gradients", found.gradients, ""),

@@ -41,7 +41,7 @@ class SD1(Family):
         }
     )
     prediction_types = ("epsilon", "v_prediction", "sample")
-    own_settings = ("rescale_betas_zero_snr",)
+    own_settings = ("rescale_betas_zero_snr", "unet_attention_slice")
     text_parts = ("text_encoder", "tokenizer")
     text_outputs = ("prompt_embeds", None)
     trained_text = MappingProxyType({"text_encoder": TrainedEncoder("lora_te", "clip_l")})

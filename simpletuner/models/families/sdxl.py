@@ -57,7 +57,11 @@ class SDXL(Family):
         }
     )
     prediction_types = ("epsilon", "v_prediction", "sample")
-    own_settings = ("data_aesthetic_score", "rescale_betas_zero_snr")
+    own_settings = (
+        "data_aesthetic_score",
+        "rescale_betas_zero_snr",
+        "unet_attention_slice",
+    )
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     text_outputs = ("prompt_embeds", None, "pooled_prompt_embeds", None)
     trained_text = MappingProxyType(

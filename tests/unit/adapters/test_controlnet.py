@@ -98,7 +98,7 @@ def test_checkpointing_in_base_and_net_changes_no_gradient(stepper: Stepper) -> 
     assert plain.keys() == stepper.weights.trainable.parameters().keys()
     assert all(gradient.abs().sum() > 0 for gradient in plain.values())
     modules = stepper.weights.trainable.modules
-    fit(modules, PrecisionSettings(gradient_checkpointing=True))
+    fit(modules, PrecisionSettings(gradient_checkpointing=True), torch.device("cpu"))
     assert all(module.is_gradient_checkpointing for module in modules)
     for name, gradient in gradients_of(stepper, window).items():
         torch.testing.assert_close(gradient, plain[name], atol=1e-7, rtol=1e-5)

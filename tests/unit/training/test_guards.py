@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from simpletuner.core.errors import TrainingError
+from simpletuner.precision.fit import fit
+from simpletuner.precision.settings import PrecisionSettings
 from simpletuner.training.guards import LearningGuard, explain_not_finite
 from simpletuner.training.stepper import Stepper
 from tests.unit.training.builds import build_stepper, make_batch, window_of
@@ -83,6 +85,21 @@ def test_a_loss_that_is_not_finite_names_step_samples_and_module(tiny_sdxl: Path
     assert "the loss of step 7 is not finite" in error.message
     assert "set/1.png, set/2.png" in error.message
     assert "mid_block.resnets.0.conv1" in error.message
+
+
+def test_inside_a_compiled_block_the_module_is_named_as_well(tiny_sd3: Path) -> None:
+    stepper = build_stepper(tiny_sd3, family_name="sd3")
+    trainable = stepper.weights.trainable
+    fit(trainable.modules, PrecisionSettings(dynamo_backend="aot_eager"), torch.device("cpu"))
+    window = window_of(make_batch(1, family_name="sd3"))
+    assert torch.isfinite(stepper.step(0, window).loss)
+    with trainable.disabled(), torch.no_grad():  # compiled in this way by the base's pictures
+        stepper.micro_loss(0, 0, *window[0])
+    name = "transformer_blocks.0.ff.net.2"
+    with torch.no_grad():
+        trainable.denoiser.get_submodule(name).weight.fill_(float("nan"))
+    assert not torch.isfinite(stepper.step(1, window).loss)
+    assert f"first in module {name}" in explain_not_finite(stepper, 1, window).message
 
 
 def test_a_batch_of_regularisation_is_replayed_without_the_adapters_too(tiny_sdxl: Path) -> None:
