@@ -128,7 +128,11 @@ def test_recomputed_activations_give_the_same_gradients_in_less_memory(
     for checkpoints in (False, True):
         lora = trained(lora_on(tiny_sdxl))
         chosen = {"gradient_checkpointing_interval": interval} if checkpoints and interval else {}
-        fit(lora.modules, PrecisionSettings(gradient_checkpointing=checkpoints, **chosen))
+        fit(
+            lora.modules,
+            PrecisionSettings(gradient_checkpointing=checkpoints, **chosen),
+            CPU.device,
+        )
         assert lora.encoders is not None
         with Live() as live:
             found: Any = lora.encoders.embeds(CAPTIONS)
