@@ -60,6 +60,10 @@ class Index:
         self._recent.setdefault(entry.key, row)
         return row
 
+    def waits(self, key: bytes) -> bool:
+        """True if an entry of this key was appended and is not settled."""
+        return key in self._recent
+
     def settle(self, parts: Sequence[tuple[pa.Table, int]] = ()) -> None:
         """Add `parts`, each with the number of its pack, and sort what was appended."""
         fresh = [self._of_entry(entry, pack) for entry, pack in self._fresh]

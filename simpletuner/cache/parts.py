@@ -107,7 +107,9 @@ def _entries(descriptor: Descriptor, size: int) -> list[Entry]:
         raise ValueError("it is of another version")
     placed = sorted((*value["data_offsets"], name) for name, value in header.items())
     ends = [0, *(end for _, end, _ in placed)]
-    if [begin for begin, _, _ in placed] != ends[:-1] or ends[-1] + HEADER_BYTES != size:
+    if [begin for begin, _, _ in placed] != ends[:-1]:
+        raise ValueError("its tensors do not lie one after the other")
+    if ends[-1] + HEADER_BYTES != size:
         raise ValueError(f"the file is {size} bytes long instead of {ends[-1] + HEADER_BYTES}")
     slots: dict[bytes, list[Slot]] = {}
     for begin, _, name in placed:

@@ -96,8 +96,8 @@ def decode_now(source: Pictures, samples: Sequence[Sample]) -> list[torch.Tensor
         more = "".join(f"\n{line}" for line in [listed(dict(others))] if others)
         raise DataError(
             f"dataset {source.id}: {path} {reason}{more}",
-            fix="the next start leaves it out, and `simpletuner data verify` finds all such"
-            " pictures at once; else repair or remove it and start again",
+            fix="start again with --on_data_change continue, which leaves it out, or repair it and"
+            " start again; `simpletuner data verify` finds all such pictures at once",
         )
     return found
 

@@ -249,7 +249,8 @@ class TensorStore:
         """Add an entry; it can be read at once here, and by others once its pack is sealed.
 
         Args:
-            key: 16 bytes; an entry that is there already stays the one that is found.
+            key: 16 bytes; where the open pack has such an entry, it stays; in
+                another pack, it stays the one that is found.
             tensors: Of any device; those on the CPU must not be changed afterwards.
 
         Raises:
@@ -259,6 +260,8 @@ class TensorStore:
             raise ValueError("a key has 16 bytes")
         parcel = Parcel.of(key, tensors)
         with self._lock:
+            if self._index.waits(key):
+                return
             try:
                 writer = self._writer or self._begin()
                 entry = writer.add(parcel)

@@ -148,6 +148,7 @@ class TextCache:
                     f"the caption {absent[0]!r} is not in the cache {self._store.folder}",
                     fix="start again: missing captions are encoded before training",
                 )
+            absent = list(dict.fromkeys(absent))
             for caption, key in zip(absent, self._keys(absent), strict=True):
                 self._store.put(key, self._now(caption))
             rows = self._store.locate(self._keys(captions))

@@ -38,6 +38,7 @@ from simpletuner.config.values import read_value
 from simpletuner.core.errors import ConfigError, Problem
 from simpletuner.core.section import inner_section
 from simpletuner.data.draw_settings import DatasetDrawSettings, gaps
+from simpletuner.data.idle import without_effect
 from simpletuner.data.settings import (
     Datasets,
     DatasetSettings,
@@ -160,7 +161,9 @@ def read_datasets(path: Path, around: Surroundings) -> tuple[DatasetsFile, Datas
         check_learning(found, around)
     if not found.problems and not found.training:
         off = " that is not disabled" if len(enabled) < len(entries) else ""
-        found.problem(f"no dataset of pictures{off}; one entry needs an instance_data_dir")
+        needs = "dataset_type image" if found.evaluation else "an instance_data_dir"
+        what = "to train on, only to measure by" if found.evaluation else "of pictures"
+        found.problem(f"no dataset {what}{off}; one entry needs {needs}")
     text_embeds, captions = _choose_text_embeds(found, around)
     _check_folders(found, [text_embeds, *captions.values()])
     if found.problems:
@@ -323,6 +326,11 @@ def _add_pictures(
     _refuse_own_pictures(dataset, given, found, around)
     _note_missing_folder(dataset, found, around)
     _note_other_captions(built, dataset, found, around)
+    found.notes += [
+        f"dataset {built.id}: {key} changes nothing, for {why}"
+        for key, why in without_effect(dataset)
+        if key in given
+    ]
     found.pictures.append(Read(dataset, given))
     if built.role == "eval":
         found.evaluation += sizes

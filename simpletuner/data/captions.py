@@ -6,6 +6,7 @@ from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from string import whitespace
 from typing import NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
@@ -13,6 +14,9 @@ from urllib.parse import unquote
 from simpletuner.core.table import Row, Table
 from simpletuner.data.caption_edits import CaptionFilter, TagShuffle, Trigger, surrounded
 from simpletuner.data.storage.web import SCHEMES
+
+_NO_WIDTH = "\ufeff\u200b"
+"""Characters that nobody sees: a mark in the wrong place, and a place to break a word."""
 
 SEPARATOR = "\x1e"
 """Stands between the captions that a row of a table has, in the one text that is kept of them."""
@@ -181,6 +185,13 @@ def text_key(path: str) -> str:
     return str(PurePosixPath(path).with_suffix(".txt"))
 
 
+def other_text_keys(key: str) -> tuple[str, ...]:
+    """How else the file at `text_key` may be written: its accents, or its ending."""
+    forms = dict.fromkeys((key, normalize("NFC", key), normalize("NFD", key)))
+    upper = [f"{form.removesuffix('.txt')}.TXT" for form in forms]
+    return (*list(forms)[1:], *upper)
+
+
 def folder_text_key(path: str) -> str:
     """The path of the text file that holds for all pictures of a folder without one of their own.
 
@@ -191,14 +202,16 @@ def folder_text_key(path: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Composed characters (NFC), bare line feeds, no blanks around."""
-    return normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    """Composed characters (NFC), bare line feeds, nothing blank around."""
+    text = normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return text.strip(f"{_NO_WIDTH}{whitespace}")
 
 
 def decode_text(data: bytes) -> tuple[str, str] | None:
     """The cleaned text of a caption file and its encoding; None if there is no telling.
 
-    UTF-8 with or without a mark, UTF-16 with one, else cp1252.
+    UTF-8 with or without a mark, UTF-16 with one, else cp1252. None of these holds NUL, which
+    UTF-16 without a mark does.
     """
     for mark, encoding in (
         (BOM_UTF8, "utf-8-sig"),
@@ -212,6 +225,7 @@ def decode_text(data: bytes) -> tuple[str, str] | None:
 
 def _decode(data: bytes, encoding: str) -> tuple[str, str] | None:
     try:
-        return clean(data.decode(encoding)), encoding
+        text = data.decode(encoding)
     except UnicodeDecodeError:
         return None
+    return None if "\0" in text else (clean(text), encoding)

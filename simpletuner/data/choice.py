@@ -78,7 +78,10 @@ def choose(
         text = "\n".join(f"  {line}" for line in [*lines, "0 left"])
         heading = f"dataset {settings.id}: nothing is left to train on"
         named = [listed(rejects)] if rejects else []
-        raise DataError("\n".join([heading, text, *named, *beside.alone(settings.id)]))
+        raise DataError(
+            "\n".join([heading, text, *named, *beside.alone(settings.id)]),
+            fix="mend what is named, or widen the settings that leave pictures out",
+        )
     return Choice(kept(sound, pa.array(keep)), targets[keep], rejects, taken)
 
 

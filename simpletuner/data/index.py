@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from simpletuner.core.errors import CacheError, DataError
 from simpletuner.core.events import Bus, Stage, StageProgress
 from simpletuner.core.files import write_through, writing
-from simpletuner.data.captions import decode_text, folder_text_key, text_key
+from simpletuner.data.captions import decode_text, folder_text_key, other_text_keys, text_key
 from simpletuner.data.columns import COLUMNS, TEXT_COLUMNS
 from simpletuner.data.looking import CANNOT_READ, NO_FACTS, UNSURE, Look, settled
 from simpletuner.data.pixels import PictureError
@@ -189,7 +189,8 @@ class Index:
 
     def _texts(self, table: pa.Table, pool: ThreadPoolExecutor) -> pa.Table:
         owns = [text_key(path) for path in table["path"].to_pylist()]
-        keys, now = self._with_folder_texts(list(owns), self._listing(owns, pool), pool)
+        facts = self._as_written(owns, self._listing(owns, pool), pool)
+        keys, now = self._with_folder_texts(list(owns), facts, pool)
         there = now.size >= 0
         shared = np.array([key != own for key, own in zip(keys, owns, strict=True)], np.bool_)
         known = table["caption_shared"].combine_chunks().fill_null(False)
@@ -216,6 +217,17 @@ class Index:
             column = table.schema.get_field_index(name)
             table = table.set_column(column, COLUMNS.field(name), texts[name])
         return table.combine_chunks()
+
+    def _as_written(self, keys: list[str], now: _Listing, pool: ThreadPoolExecutor) -> _Listing:
+        """The text of each picture whose text has its name in another way; `keys` name it then."""
+        bare = np.flatnonzero(now.size < 0).tolist()
+        others = [(row, other) for row in bare for other in other_text_keys(keys[row])]
+        facts = self._listing([other for _, other in others], pool)
+        for at in np.flatnonzero(facts.size >= 0)[::-1].tolist():  # the first of a picture counts
+            row, other = others[at]
+            keys[row] = other
+            now.size[row], now.mtime_ns[row] = facts.size[at], facts.mtime_ns[at]
+        return now
 
     def _with_folder_texts(
         self, keys: list[str], now: _Listing, pool: ThreadPoolExecutor

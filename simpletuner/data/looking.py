@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,9 +107,17 @@ class Look:
 
 
 def _let_go() -> None:
-    """Leave Ctrl-C to the process that started this one, which ends it."""
+    """Leave Ctrl-C to the process that started this one, which ends it, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore", message=LARGE_PICTURE)
+
+
+def _end_with_parent() -> None:
+    """A killed process ends no other: each of these would wait for work for ever."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def settled(mtime_ns: int) -> int:

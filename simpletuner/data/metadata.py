@@ -194,6 +194,10 @@ def _has_login(names: pa.Array) -> pa.Array:
     return pc.match_substring_regex(names, "^https?://[^/?#]*@")
 
 
+def _leads_out(names: pa.Array) -> pa.Array:
+    return pc.match_substring_regex(names, r"(^|[/\\])\.\.([/\\]|$)")
+
+
 def _lacks(rule: TableRule, file: TableFile, name: str, key: str) -> DataError:
     near = did_you_mean(name, file.names)
     return DataError(
@@ -223,6 +227,14 @@ def _rows(
             " NAME:PASSWORD@, which downloads do not send",
             fix="remove it, or download the files and name them instead; passwords do not belong"
             " in tables",
+        )
+    outside = pc.index(_leads_out(names), True).as_py()
+    if outside >= 0:
+        raise DataError(
+            f"the table {rule.path}: row {outside + 1} names {printable(names[outside].as_py())},"
+            " which does not lie in the dataset's folder",
+            fix="write it as it is inside the folder, or whole from the root on; or take a folder"
+            " above as instance_data_dir",
         )
     for name in present[1:]:
         unused = pc.sum(pc.and_(pc.is_valid(texts[name]), pc.not_equal(names, texts[name]))).as_py()

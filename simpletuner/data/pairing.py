@@ -1,6 +1,6 @@
 """Which file of one dataset belongs to which picture of another: the one of the same path.
 
-The ending may be another. n pictures, m other files.
+The ending may be another, and accents may be written in another way. n pictures, m other files.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def pair(paths: pa.ChunkedArray, others: pa.ChunkedArray) -> Pairs:
 
 
 def _stems(paths: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.replace_substring_regex(paths, r"\.[^./]*$", "")
+    """Without their endings, and composed: macOS and archives write é as two characters."""
+    return pc.utf8_normalize(pc.replace_substring_regex(paths, r"\.[^./]*$", ""), "NFC")
 
 
 def _among(values: pa.ChunkedArray, known: pa.ChunkedArray) -> pa.ChunkedArray:

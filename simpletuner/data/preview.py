@@ -18,6 +18,7 @@ from simpletuner.data.source import DataSource
 _EDGE, _GAP, _LETTER, _LINES = 240, 8, 13, 5  # px; lines of text below a pair
 _LETTERS_A_LINE = 66
 _BOX = "#e4002b"
+_SHOWN_EDGE = 960  # px; twice what a page shows of a whole picture, for fine screens
 _PAGE = """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>What is trained on</title>
@@ -41,7 +42,7 @@ class Shown:
     Args:
         dataset: The id of its dataset.
         path: Inside the dataset.
-        whole: The picture upright and flattened, before its resize.
+        whole: The picture upright and flattened, as large as it is shown at most.
         trained: The pixels the encoder sees.
         geometry: What lies between the two.
         captions: Its alternatives.
@@ -84,10 +85,12 @@ def look(source: DataSource, row: int) -> Shown:
         DataError: It is not the file that was indexed.
     """
     geometry = source.geometry(row)
+    whole = source.picture(row)
+    whole.thumbnail((_SHOWN_EDGE, _SHOWN_EDGE))  # many large ones would not fit into memory
     return Shown(
         dataset=source.id,
         path=printable(source.path(row)),
-        whole=source.picture(row),
+        whole=whole,
         trained=Image.fromarray(source.pixels(row)),
         geometry=geometry,
         captions=source.captions(row),
@@ -123,7 +126,7 @@ def sheet(shown: Sequence[Shown], columns: int = 3) -> Image.Image:
 
 
 def page(shown: Sequence[Shown]) -> str:
-    """The same as one HTML file: pictures at their full size, the trained pixels unchanged."""
+    """The same as one HTML file, the trained pixels unchanged."""
     rows = "\n".join(
         f"<tr><td>{_embedded(_boxed(each), 'JPEG')}</td><td>{_embedded(_beside(each), 'PNG')}</td>"
         f"<td>{'<br>'.join(escape(line) for line in each.lines()[:2])}"
@@ -143,7 +146,7 @@ def _embedded(picture: Image.Image, kind: str) -> str:
 def _boxed(each: Shown) -> Image.Image:
     """The whole picture with the box that is cut out of it."""
     left, top, width, height = each.geometry.crop
-    across, down = (each.geometry.resize[i] / each.geometry.source[i] for i in (0, 1))
+    across, down = (each.geometry.resize[i] / each.whole.size[i] for i in (0, 1))
     picture = each.whole.copy()
     thick = max(2, round(max(picture.size) / 120))
     box = (left / across, top / down, (left + width) / across - 1, (top + height) / down - 1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import ImageColor
 
-from simpletuner.data.caption_edits import CaptionFilter, TagShuffle, Trigger
+from simpletuner.data.caption_edits import PLACEHOLDER, CaptionFilter, TagShuffle, Trigger
 from simpletuner.data.captions import CAPTION_STRATEGIES, CaptionRule, clean
 from simpletuner.data.geometry import SQUARE, GeometryRule, Measure, Shapes, SizeFilter
 from simpletuner.data.metadata import TableRule
@@ -60,6 +62,23 @@ def _trigger(settings: DatasetSettings) -> Trigger | None:
         return None
     prepend = settings.prepend_trigger_word and not settings.is_regularisation_data
     return Trigger(clean(settings.trigger_word), prepend)
+
+
+def trigger_is_nowhere(settings: DatasetSettings, texts: pa.ChunkedArray) -> bool:
+    """True if there is a trigger word that no caption has, and none says where it stands.
+
+    Args:
+        settings: Of the dataset.
+        texts: [n] what its captions are made of, for captions by file name the paths.
+    """
+    word = settings.trigger_word
+    if not word or settings.prepend_trigger_word or settings.is_regularisation_data:
+        return False
+    around = (settings.instance_prompt, settings.caption_prefix, settings.caption_suffix)
+    words = (PLACEHOLDER, word, word.replace(" ", "_"))
+    if any(each in str((*around, settings.default_caption)) for each in words):
+        return False
+    return not any(pc.any(pc.match_substring(texts, each)).as_py() for each in words)
 
 
 def table_rule(settings: DatasetSettings) -> TableRule | None:

@@ -134,16 +134,24 @@ def _wrong_shapes(entry: DatasetSizeSettings) -> Iterator[tuple[str, str]]:
         yield "crop_aspect_buckets", f"is for crop_aspect closest and random, not {aspect}; {fix}"
     for item in listed:
         if not _is_shape(item):
-            takes = 'numbers above 0, width over height, or objects like {"aspect": 1.5}'
+            takes = (
+                f"numbers above 0, width over height, from 1/{_NARROWEST} to {_NARROWEST}, or"
+                ' objects like {"aspect": 1.5}'
+            )
             yield "crop_aspect_buckets", f"takes {takes}, got {item}"
         elif isinstance(item, dict) and "weight" in item and aspect == "closest":
             yield "crop_aspect_buckets", "weight is for crop_aspect random; closest takes none"
 
 
 def _is_shape(item: float | dict[str, float]) -> bool:
-    if not isinstance(item, dict):
-        return item > 0
-    return {"aspect"} <= item.keys() <= {"aspect", "weight"} and min(item.values()) > 0
+    if isinstance(item, dict):
+        right = {"aspect"} <= item.keys() <= {"aspect", "weight"} and min(item.values()) > 0
+        return right and _is_shape(item["aspect"])
+    return 1 / _NARROWEST <= item <= _NARROWEST
+
+
+_NARROWEST = 16
+"""The longer edge over the shorter; beyond it a bucket is a line that fills the memory."""
 
 
 _FEWEST_PX, _MOST_PX = 8, 16384

@@ -36,7 +36,7 @@ from simpletuner.data.pixels import (
     render_beside,
     render_mask,
 )
-from simpletuner.data.rules import background, caption_rule, sizing
+from simpletuner.data.rules import background, caption_rule, sizing, trigger_is_nowhere
 from simpletuner.data.settings import DatasetSettings
 
 
@@ -287,7 +287,12 @@ class DataSource:
             ordered = column.take(order)
             for start in range(0, len(ordered), 1 << 16):
                 digest.update(repr(ordered.slice(start, 1 << 16).to_pylist()).encode())
-        idle = {"caption_shuffle"} if self._captions.shuffle is None else set()
+        rule = self._captions
+        idle = {"caption_shuffle"} if rule.shuffle is None else set()
+        if not rule.prompts_alone and not rule.prepend:
+            idle |= {"instance_prompt", "only_instance_prompt", "prepend_instance_prompt"}
+        if not rule.has_texts or not self._texts.null_count:
+            idle.add("default_caption")
         told = self.settings.model_dump(mode="json", include=_CAPTION_SETTINGS - idle)
         if self._captions.reads_table:  # one kind of table is as good as another
             told["caption_strategy"] = "table"
@@ -469,6 +474,14 @@ class DataSource:
         if held:
             what = "caption holds" if held == 1 else "captions hold"
             say(f"{name}: {held} {what} {PLACEHOLDER} and there is no trigger_word", "warning")
+        texts = self._texts if self._captions.has_texts else self._paths
+        if trigger_is_nowhere(self.settings, texts):
+            word = self.settings.trigger_word
+            say(
+                f"{name}: no caption holds the trigger_word {word}, nor {PLACEHOLDER} in its place;"
+                f" write {PLACEHOLDER} into captions, or set prepend_trigger_word",
+                "warning",
+            )
         if self._with_frames:
             some = pictures(self._with_frames)
             say(

@@ -69,10 +69,10 @@ class DatasetTableSettings(Section):
 
     dataset_metadata_path: Path | None = setting(None, path=True)
     """A table with a row for each picture: .csv, .json (a list of objects), .jsonl or .parquet. Its
-    files are paths in instance_data_dir, without that in the table's own folder, or http(s)
-    addresses, each of which is fetched once and kept. Captions come from it too, unless the
-    entry's own caption_strategy says otherwise; the settings file's is for datasets without such a
-    table."""
+    files are paths in instance_data_dir, without that in the table's own folder, whole paths,
+    or http(s) addresses, each of which is fetched once and kept. Captions come from it too, unless
+    the entry's own caption_strategy says otherwise; the settings file's is for datasets without
+    such a table."""
 
     data_file_keys: tuple[str, ...] = setting(("image",), min_length=1)
     """The columns of dataset_metadata_path that name files; of several, the first that a row fills

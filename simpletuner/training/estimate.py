@@ -184,31 +184,26 @@ def estimate(
     held = held_in(config)
     denoiser = family.blueprint(held)
     weights = sum(p.numel() for p in denoiser.parameters())
-    name = config.precision.base_model_precision
     whole = config.adapter.trains == "full"
-    shrunk = foreseen(denoiser, family.denoiser, name)
-    told = {family.denoiser: shrunk}
-    waiting = _waiting(denoiser, config) * shrunk.after // max(shrunk.before, 1)
+    waiting = _waiting(denoiser, config)
+    shrunk = foreseen(denoiser, family.denoiser, config.precision.base_model_precision)
     # where adapters start costs nothing, and needs weights
     chosen = config.adapter.model_copy(update={"lora_init_type": "default", "init_lora": None})
     trains_text = config.adapter.train_text_encoder
     encoders = TextEncoders.blueprint(family, Place(_META, dtype)) if trains_text else None
-    if encoders:
-        told |= _encoders_foreseen(config, encoders)
+    told = {family.denoiser: shrunk, **_encoders_foreseen(config, encoders)}
     trainable = attach(denoiser, family, chosen, encoders)
     plan = precision_plan(config, family, trainable, told, unopened="not counted")
     for module in trainable.modules:
         Module.to(module, _META, dtype)
     all_there = {"enable_group_offload": False, "musubi_blocks_to_swap": 0}
     fit(trainable.modules, config.precision.model_copy(update=all_there), _META)
-    trained = [(n, p.numel()) for n, p in trainable.parameters().items()]
-    count = sum(numel for _, numel in trained)
+    count = sum(p.numel() for p in trainable.parameters().values())
     started = 1 + (config.adapter.lora_init_type in STARTS)
     nets = [m for m in trainable.modules if m is not denoiser] if not encoders else []
     net = sum(t.numel() for each in nets for t in (*each.parameters(), *each.buffers()))
     wide = held.itemsize if whole else 4
     width, height = _largest(sources)
-    batch = config.schedule.train_batch_size
     activations = _activations(config, family, trainable, dtype, width, height)
     if dtype != torch.float32:  # autocast keeps a copy of each weight it casts
         activations += (weights * (whole and held != dtype) + net) * dtype.itemsize
@@ -216,7 +211,7 @@ def estimate(
         weights=weights,
         trained=count,
         base=shrunk.after,
-        waiting=waiting,
+        waiting=waiting * shrunk.after // max(shrunk.before, 1),
         encoders=sum(each.after for part, each in told.items() if part != family.denoiser),
         adapters=0 if whole else net * 4 or count * wide * started,
         gradients=count * (4 if config.optimizer.gradient_precision == "fp32" else wide),
@@ -227,15 +222,15 @@ def estimate(
         cache=cache_bytes(family, [*sources, *beside], dtype, keeps_text=not trains_text),
         width=width,
         height=height,
-        batch=batch,
+        batch=config.schedule.train_batch_size,
         plan=tuple(plan),
     )
 
 
-def _encoders_foreseen(config: Config, encoders: TextEncoders) -> dict[str, Quantised]:
-    """What becomes of all text encoders, in the formats that the settings name."""
+def _encoders_foreseen(config: Config, encoders: TextEncoders | None) -> dict[str, Quantised]:
+    """What becomes of text encoders that stay loaded, in the formats that the settings name."""
     formats = Quantiser(config.precision)
-    found = encoders.modules.items()
+    found = encoders.modules.items() if encoders else ()
     return {part: foreseen(module, part, formats.format(part)) for part, module in found}
 
 

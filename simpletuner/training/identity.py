@@ -23,6 +23,7 @@ from simpletuner.diffusion.needs import idle, overruled
 from simpletuner.optim.build import options_of
 from simpletuner.optim.schedules import SCHEDULES
 from simpletuner.precision.dtypes import vae_dtype_of
+from simpletuner.precision.quantise import Quantiser
 from simpletuner.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ _DECIDED_BY = MappingProxyType(
         "resizes": " (by resolution, crop, maximum_image_size or target_downsample_size)",
     }
 )
+
+_FOLLOWING = frozenset({"sizes", "resizes", "captions", "masks"})
+"""Facts of a dataset that change with its pictures."""
 
 _UNUSED = "unused"
 _DEFAULT = "default: "
@@ -97,6 +101,9 @@ def data_identity(
     }
     if "data_aesthetic_score" in family.own_settings:
         found["data_aesthetic_score"] = config.model.data_aesthetic_score
+    formats = Quantiser(config.precision)
+    for number, part in enumerate(p for p in family.text_parts if p.startswith("text_encoder")):
+        found[f"text_encoder_{number + 1}_precision"] = formats.format(part)
     for source in sources:
         found |= {f"dataset {source.id}: {name}": v for name, v in source.identity().items()}
     return _plain(found)
@@ -314,8 +321,11 @@ def _was_and_now(before: Facts, now: Facts) -> Iterator[str]:
 def _told(before: Facts, now: Facts) -> Iterator[str]:
     """A phrase for each change; one for a dataset that came or went."""
     whole: set[str] = set()
-    for name in _changed(before, now):
+    changed = _changed(before, now)
+    for name in changed:
         dataset, _, what = name.rpartition(": ")
+        if what in _FOLLOWING and f"{dataset}: pictures" in changed:
+            continue
         if name in before and name in now:
             was = f" (was {before[name]}, now {now[name]})"
             yield f"{name} changed{_DECIDED_BY.get(what, '') if what in _DIGESTS else was}"

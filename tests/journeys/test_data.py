@@ -257,6 +257,24 @@ def test_a_preview_shows_the_exact_pixels_the_box_and_the_caption(tmp_path: Path
     assert abs(columns.max() - (8 + 180)) <= 2
 
 
+def test_a_preview_keeps_no_more_of_a_large_picture_than_it_shows(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (4000, 2000), "white").save(tmp_path / "data" / "large.png")
+    entry = DatasetSettings(
+        id="d", instance_data_dir=tmp_path / "data", crop=True, crop_style="center"
+    )
+    settings = inherit(entry, DataSettings(resolution=64), vae_root=tmp_path / "vae")
+    source = DataSource.open(settings, index_folder=tmp_path / "index", bus=Bus())
+
+    shown = look(source, 0)
+
+    assert shown.whole.size == (960, 480)
+    off = np.abs(np.asarray(sheet([shown])).astype(int) - (228, 0, 43)).max(-1)
+    columns = np.flatnonzero((off < 60).any(0))
+    assert abs(columns.min() - (8 + 60)) <= 2
+    assert abs(columns.max() - (8 + 180)) <= 2
+
+
 def test_no_torch_is_loaded(run: Run) -> None:
     (run.pictures / "torn.png").unlink()
     code = (

@@ -59,7 +59,12 @@ def run(arguments: Sequence[str]) -> int:
         print(HELP, end="")
         return 0
     command = COMMANDS[arguments[0]].load()
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"simpletuner cache {arguments[0]}",
+        usage="see `simpletuner cache --help`",
+        add_help=False,
+        allow_abbrev=False,
+    )
     if command is not build:
         parser.add_argument("--json", action="store_true")
     if command is gc:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from simpletuner.cache import store as store_module
 from simpletuner.cache.packs import Limits
@@ -107,3 +108,13 @@ def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path) -> None:
     check(tmp_path, 3)
     assert TensorStore.open(tmp_path / "not there").missing([key(1)]) == [key(1)]
     assert sorted(os.listdir(tmp_path)) == before, "reading makes nothing"
+
+
+def test_a_pack_has_each_entry_once(tmp_path: Path) -> None:
+    store = TensorStore.open(tmp_path)
+    for value in (1.0, 2.0):
+        store.put(b"k" * 16, {"x": torch.full((4,), value)})
+    store.close()
+
+    (pack,) = tmp_path.glob("*.safetensors")
+    assert [float(t[0]) for name, t in load_file(pack).items() if "x" in name] == [1.0]

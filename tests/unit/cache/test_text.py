@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from simpletuner.cache.store import TensorStore
 from simpletuner.cache.text import TextCache
@@ -203,3 +204,21 @@ def test_live_captions_are_those_of_the_cache_for_threads_that_ask_at_once(
     again.prepare({"set": captions}, Bus())
     assert len(family.opened) == (1 if keeps else 2)  # all is kept: no encoder is needed
     again.close()
+
+
+def test_a_caption_that_a_batch_has_several_times_is_encoded_and_kept_once(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    family = watched(tiny_sdxl)
+    cache = TextCache(family, TensorStore.open(tmp_path), PLACE, waits=True)
+    cache.prepare({"set": ["a cat"]}, Bus())
+
+    embeds = cache.embeds(["a cat", "", "a cat", "a cat"])
+    cache.close()
+
+    assert family.batches == [1, 1]
+    assert torch.equal(embeds["prompt_embeds"][0], embeds["prompt_embeds"][3])
+    (pack,) = tmp_path.glob("*.safetensors")
+    with safe_open(pack, "pt") as handle:  # which refuses a name that stands twice
+        names = [name for name in handle.keys() if not name.startswith("~")]
+    assert len({name.split(".")[0] for name in names}) == 2

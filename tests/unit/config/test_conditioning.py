@@ -225,7 +225,9 @@ def test_an_eval_set_is_never_trained_on(place: Workplace) -> None:
 
 def test_an_eval_set_alone_is_nothing_to_train_on(place: Workplace) -> None:
     place.datasets("", {**PICTURES, "dataset_type": "eval"})
-    assert place.messages() == [": no dataset of pictures; one entry needs an instance_data_dir"]
+    assert place.messages() == [
+        ": no dataset to train on, only to measure by; one entry needs dataset_type image"
+    ]
 
 
 def test_captions_are_kept_where_a_dataset_says(place: Workplace) -> None:

@@ -80,6 +80,22 @@ def test_disabled_entries_are_left_out(place: Workplace) -> None:
     assert [entry.id for entry in place.load().datasets.training] == ["pictures"]
 
 
+def test_a_key_that_changes_nothing_beside_the_others_is_told(place: Workplace) -> None:
+    def noted(**rest: object) -> list[str]:
+        place.datasets("", {**PICTURES, **rest})
+        begin = "dataset pictures: "
+        notes = [note.removeprefix(begin) for note in place.load().notes if note.startswith(begin)]
+        return [note.split()[0] for note in notes if "changes nothing" in note]
+
+    assert noted(instance_prompt="sks") == ["instance_prompt"]
+    assert noted(instance_prompt="sks", prepend_instance_prompt=True) == []
+    sizes = {"maximum_image_size": 900, "target_downsample_size": 800}
+    assert noted(crop=False, **sizes) == list(sizes)
+    assert noted(crop=True, **sizes) == []
+    assert noted(target_downsample_size=800) == ["target_downsample_size"]
+    assert noted(csv_cache_dir="kept") == ["csv_cache_dir"]
+
+
 def test_one_dataset_of_pictures_is_needed(place: Workplace) -> None:
     place.datasets("", {**PICTURES, "disabled": True})
     assert place.messages() == [

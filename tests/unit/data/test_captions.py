@@ -105,3 +105,12 @@ def test_a_caption_that_filters_leave_nothing_of_is_the_empty_one() -> None:
 def test_the_default_stands_for_a_text_that_is_missing_not_for_an_empty_one() -> None:
     assert captions("textfile", text=None, default="a cat\na dog") == ("a cat", "a dog")
     assert captions("textfile", text="", default="a cat") == ("",)
+
+
+def test_utf16_without_a_mark_is_no_caption() -> None:
+    assert decode_text("a red cat".encode("utf-16-le")) is None
+
+
+def test_what_nobody_sees_is_no_caption() -> None:
+    assert decode_text(" \u200b\ufeff \n".encode()) == ("", "utf-8")
+    assert decode_text("\ufeff\ufeffa cat\u200b".encode()) == ("a cat", "utf-8-sig")

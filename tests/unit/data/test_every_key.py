@@ -13,6 +13,8 @@ from PIL import Image
 
 from simpletuner.core.errors import DataError
 from simpletuner.core.section import hint_of
+from simpletuner.core.seeds import key64
+from simpletuner.data.plan import BatchPlan
 from simpletuner.data.settings import DatasetSettings, ImageEmbedsSettings, TextEmbedsSettings
 from tests.unit.data.making import SEEDS, opened, picture
 
@@ -76,7 +78,7 @@ HERE: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
         "repeats": {"repeats": 2},
         "probability": {"probability": 0.5},
         "max_num_samples": {"max_num_samples": 2},
-        "train_batch_size": {"train_batch_size": 3},
+        "train_batch_size": {**CENTRED, "train_batch_size": 3},
         "start_epoch": {"start_epoch": 2},
         "end_epoch": {"end_epoch": 2},
         "start_step": {"start_step": 5},
@@ -166,25 +168,28 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen(pictures: Path, index: Path, **settings: Any) -> str:
-    """All that can be seen of a dataset, or why it is refused."""
+    """What a run would train on of a dataset beside another, or why it is refused.
+
+    Nothing in it repeats a setting: each value is made of the pictures, or of what is drawn when.
+    """
     try:
         source = opened(pictures, index, **settings)
     except DataError as error:
         return f"refused: {error.message}"
     rows = range(len(source))
     draws = [source.sample(row, epoch, 0, SEEDS) for row in rows for epoch in range(12)]
+    beside = opened(pictures, index, id="beside")
+    shape = {"train_batch_size": 2, "gradient_accumulation_steps": 1}
+    plan = BatchPlan.of([source, beside], **shape, seeds=SEEDS)
     return json.dumps(
         {
-            "id": source.id,
             "excluded": [repr(each) for each in source.excluded()],
             "paths": [source.path(row) for row in rows],
             "captions": [source.captions(row) for row in rows],
             "boxes": source.boxes().tolist(),
             "draws": [repr(draw) for draw in draws],
-            "plan": [source.repeats, source.probability, source.train_batch_size],
-            "span": repr(source.span),
-            "identity": source.identity(),
-            "pixels": [hash(source.pixels(row).tobytes()) for row in rows],
+            "plan": [repr(plan.window(step)) for step in range(60)],
+            "pixels": [key64(source.pixels(row).tobytes()) for row in rows],
         },
         default=str,
     )

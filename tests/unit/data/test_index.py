@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -356,3 +359,41 @@ def test_a_scan_that_is_killed_goes_on_where_it_was_saved(
             texts=False
         )
     )
+
+
+_SCAN = """
+import os, signal, sys, multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from simpletuner.data import looking
+from simpletuner.data.storage.local import LocalStorage
+if __name__ == "__main__":
+    looking.MANY = 1
+    chunks = [[(name, 1, 1)] for name in sys.argv[2:]]
+    look = looking.Look(LocalStorage(Path(sys.argv[1])), {})
+    rows = look.all(chunks, ThreadPoolExecutor(1), 2)
+    next(rows)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), getattr(signal, "SIGKILL"))
+"""
+
+
+def test_a_scan_that_is_killed_leaves_no_process_behind(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "scan.py"
+    script.write_text(_SCAN, encoding="utf-8")
+    names = [path.name for path in folder.iterdir()]
+    env = {**os.environ, "PYTHONPATH": str(Path(index_module.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, script, folder, *names], env=env, capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    workers = [int(word) for word in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline, "a worker waits for ever"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -349,3 +349,10 @@ def test_what_is_said_of_pictures_has_no_signed_queries() -> None:
     assert Excluded("the server said 403", 1, address).example == "https://host/a.png?…"
     assert listed({address: "the server said 403"}) == "  https://host/a.png?…: the server said 403"
     assert listed({"a/b.png": "empty"}) == "  a/b.png: empty"
+
+
+@pytest.mark.parametrize("name", ["../a.png", "b/../../a.png", "..\\a.png"])
+def test_a_row_that_leads_out_of_the_folder_is_refused(name: str, tmp_path: Path) -> None:
+    rows = [{"image": "in..side.png", "prompt": "a"}, {"image": name, "prompt": "b"}]
+    with pytest.raises(DataError, match=r"row 2 names .* does not lie in the dataset's folder"):
+        read(write(tmp_path, "csv", rows))

@@ -56,3 +56,13 @@ def test_a_second_file_of_a_picture_that_has_its_own_is_left_over() -> None:
 
     assert found.rows.tolist() == [1]
     assert found.alone.to_pylist() == ["a.jpg"]
+
+
+def test_accents_that_are_written_in_two_ways_are_the_same() -> None:
+    pictures = column("caf\u00e9.png", "bare.png")
+    others = column("cafe\u0301.jpg", "other.png")
+
+    found = pair(pictures, others)
+
+    assert found.rows.tolist() == [0, -1]
+    assert found.alone.to_pylist() == ["other.png"]

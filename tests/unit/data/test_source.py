@@ -422,7 +422,8 @@ def test_nothing_left_is_an_error_that_counts_each_stage(folder: Path) -> None:
     broken(folder, 1)
     with pytest.raises(DataError) as raised:
         opened(folder, minimum_image_size=70, minimum_aspect_ratio=2)
-    assert str(raised.value) == (
+    assert raised.value.fix == "mend what is named, or widen the settings that leave pictures out"
+    assert raised.value.message == (
         "dataset cats: nothing is left to train on\n"
         "  4 pictures found\n"
         "  1 cannot be used\n"

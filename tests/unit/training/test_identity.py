@@ -91,6 +91,11 @@ def knows(
             {"mixed_precision": "bf16", "vae_dtype": "fp32"},
             "vae_dtype changed (was bf16, now fp32)",
         ),
+        (
+            {},
+            {"text_encoder_2_precision": "int8-quanto"},
+            "text_encoder_2_precision changed (was no_change, now int8-quanto)",
+        ),
         ({}, {"vae_enable_tiling": True}, "vae_enable_tiling changed (was false, now true)"),
         ({}, {"data_aesthetic_score": 6.5}, "data_aesthetic_score changed (was 7, now 6.5)"),
     ],
@@ -149,6 +154,15 @@ def test_another_dataset_is_refused_by_name(
     assert error.value.message.startswith("the checkpoint was trained on other data: dataset ")
     assert told in error.value.message
     assert told in check_data(was, now, "continue")
+
+
+def test_what_follows_from_other_pictures_is_not_blamed_on_settings(knows: Knows) -> None:
+    was, now = knows("sdxl").data, knows("sdxl", dataset={"max_num_samples": 2}).data
+    with pytest.raises(DataError) as error:
+        check_data(was, now, "refuse")
+    assert error.value.message == (
+        "the checkpoint was trained on other data: dataset pictures: pictures changed"
+    )
 
 
 def test_data_and_settings_that_changed_at_once_are_told_apart(knows: Knows) -> None:
