@@ -72,7 +72,10 @@ REFERENCES: dict[str, tuple[Any, float]] = {
         name: (lambda *args: adam(*args, decoupled=True), 1e-4)
         for name in ("adamw_bf16", "torch-adamw", "optimi-adamw", "bnb-adamw", "bnb-adamw-paged")
     },
-    "torch-adam": (lambda *args: adam(*args, decoupled=False), 1e-4),
+    **{
+        name: (lambda *args: adam(*args, decoupled=False), 1e-4)
+        for name in ("torch-adam", "optimi-adam")
+    },
     **{name: (lion, 1e-4) for name in ("optimi-lion", "bnb-lion", "bnb-lion-paged")},
     "torch-sgd": (sgd, 1e-4),
     "torch-adafactor": (adafactor, 1e-4),
