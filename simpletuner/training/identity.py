@@ -62,6 +62,9 @@ _DECIDED_BY = MappingProxyType(
 _FOLLOWING = frozenset({"sizes", "resizes", "captions", "masks"})
 """Facts of a dataset that change with its pictures."""
 
+_WHOLE = "no_change"
+"""Of a text encoder, where nothing is said: as it comes."""
+
 _UNUSED = "unused"
 _DEFAULT = "default: "
 """Begins a value that stands for what another setting says."""
@@ -103,7 +106,8 @@ def data_identity(
         found["data_aesthetic_score"] = config.model.data_aesthetic_score
     formats = Quantiser(config.precision)
     for number, part in enumerate(p for p in family.text_parts if p.startswith("text_encoder")):
-        found[f"text_encoder_{number + 1}_precision"] = formats.format(part)
+        if (name := formats.format(part)) != _WHOLE:
+            found[f"text_encoder_{number + 1}_precision"] = name
     for source in sources:
         found |= {f"dataset {source.id}: {name}": v for name, v in source.identity().items()}
     return _plain(found)
@@ -258,7 +262,8 @@ def check_data(before: Facts, now: Facts, on_data_change: str) -> str:
     Raises:
         DataError: Something changed and `on_data_change` does not allow it.
     """
-    told = list(_told(before, now))
+    encoders = {n: _WHOLE for n in {*before, *now} if n.startswith("text_encoder_")}
+    told = list(_told({**encoders, **before}, {**encoders, **now}))
     if not told:
         return ""
     if on_data_change == "continue":
