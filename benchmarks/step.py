@@ -94,8 +94,8 @@ def _train(arguments: list[str], root: Path, turns: Turns) -> None:
     folder.root.mkdir()
 
     class Trainer(trainer.Trainer):
-        def _count(self, state: object, window: object) -> None:
-            super()._count(state, window)
+        def _count(self, state: object, window: object, outcome: object) -> None:
+            super()._count(state, window, outcome)
             turns(state)
 
     run.Trainer = Trainer  # the benchmark's own loop: the same one, with a stop after each step
