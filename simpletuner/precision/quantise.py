@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simpletuner.core.errors import ConfigError, is_out_of_memory
 from simpletuner.core.extras import require
+from simpletuner.precision.blocks import blocks_of
 from simpletuner.precision.dtypes import short_name
 from simpletuner.precision.quantisers import QUANTISERS, quantised_in
 
@@ -158,12 +159,9 @@ def _title(path: list[str]) -> str:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers inside the blocks that the model's class calls repeated."""
-    names = getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None)
+    """The linear layers inside the blocks of a model, each once."""
     seen: set[int] = set()
-    for outer, block in model.named_modules():
-        if type(block).__name__ not in (names or ()):
-            continue
+    for outer, block in blocks_of(model):
         for inner, layer in block.named_modules():
             if isinstance(layer, nn.Linear) and id(layer) not in seen:
                 seen.add(id(layer))
