@@ -195,7 +195,8 @@ def _has_login(names: pa.Array) -> pa.Array:
 
 
 def _leads_out(names: pa.Array) -> pa.Array:
-    return pc.match_substring_regex(names, r"(^|[/\\])\.\.([/\\]|$)")
+    dots = pc.match_substring_regex(names, r"(^|[/\\])\.\.([/\\]|$)")
+    return pc.and_(dots, pc.invert(_is_url(names)))
 
 
 def _lacks(rule: TableRule, file: TableFile, name: str, key: str) -> DataError:

@@ -71,13 +71,16 @@ def trigger_is_nowhere(settings: DatasetSettings, texts: pa.ChunkedArray) -> boo
         settings: Of the dataset.
         texts: [n] what its captions are made of, for captions by file name the paths.
     """
-    word = settings.trigger_word
+    word, rule = settings.trigger_word, caption_rule(settings)
     if not word or settings.prepend_trigger_word or settings.is_regularisation_data:
         return False
-    around = (settings.instance_prompt, settings.caption_prefix, settings.caption_suffix)
+    said = [rule.prefix, rule.suffix, *rule.prompts * (rule.prepend or rule.prompts_alone)]
+    said += [rule.default] if rule.default and rule.has_texts else []
     words = (PLACEHOLDER, word, word.replace(" ", "_"))
-    if any(each in str((*around, settings.default_caption)) for each in words):
+    if any(each in text for each in words for text in said):
         return False
+    if rule.prompts_alone:
+        return True
     return not any(pc.any(pc.match_substring(texts, each)).as_py() for each in words)
 
 

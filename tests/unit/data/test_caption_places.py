@@ -29,6 +29,9 @@ def test_a_trigger_word_that_stands_in_no_caption_is_told(tmp_path: Path) -> Non
         return "no caption holds the trigger_word zwx" in said
 
     assert warned()
+    assert warned(instance_prompt="a zwx")  # which is used nowhere
+    assert not warned(instance_prompt="a zwx", prepend_instance_prompt=True)
+    assert warned(instance_prompt="a cat", only_instance_prompt=True)
     assert not warned(prepend_trigger_word=True)
     assert not warned(caption_prefix="a photo of [trigger]")
     picture(tmp_path / "data", "dog.png", caption="a [trigger]")

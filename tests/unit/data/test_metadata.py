@@ -356,3 +356,9 @@ def test_a_row_that_leads_out_of_the_folder_is_refused(name: str, tmp_path: Path
     rows = [{"image": "in..side.png", "prompt": "a"}, {"image": name, "prompt": "b"}]
     with pytest.raises(DataError, match=r"row 2 names .* does not lie in the dataset's folder"):
         read(write(tmp_path, "csv", rows))
+
+
+def test_an_address_may_have_dots_in_it(tmp_path: Path) -> None:
+    address = "https://example.com/a/../b.png"
+    found, _ = read(write(tmp_path, "csv", [{"image": address, "prompt": "a"}]))
+    assert captions(found) == {address: ["a"]}
