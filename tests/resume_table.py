@@ -37,6 +37,7 @@ METHODS_TRIED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "lora": {"lora_dropout": 0.1},
         "lora-text": {"train_text_encoder": True, "text_encoder_lr": 5e-4, "lora_dropout": 0.1},
+        "lora-plus": {"loraplus_lr_ratio": 16.0},
         "rslora": {"use_rslora": True},
         "dora": {"use_dora": True},
         "pissa": {"lora_init_type": "pissa"},

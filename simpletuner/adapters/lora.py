@@ -2,7 +2,8 @@
 
 The change of a module's weight is ``(alpha / rank) * B @ A``, A [rank, in], B [out, rank]; with
 rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) the factor is ``alpha / sqrt(rank)``. DoRA (Liu et al.
-2024, arXiv 2402.09353) gives the changed weight's rows the lengths of a trained vector [out].
+2024, arXiv 2402.09353) gives the changed weight's rows the lengths of a trained vector [out]. With
+LoRA+ (Hayou et al. 2024, arXiv 2402.12354) B learns faster than A.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def attach(
     for name, encoder in encoders.trained.items() if encoders else ():
         parts.append(AdaptedEncoder(encoder, name))
         parts[-1].attach(family.trained_text[name].targets(encoder), settings)
-    lora = LoRA(denoiser, tuple(parts), family, settings.lora_format, encoders)
+    layout, ratio = settings.lora_format, settings.loraplus_lr_ratio
+    lora = LoRA(denoiser, tuple(parts), family, layout, encoders, ratio)
     if settings.init_lora:
         lora.start_from(export_files.lora_file(settings.init_lora), type(family))
     return lora
@@ -94,6 +96,7 @@ class LoRA:
     family: Family
     layout: str = "diffusers"
     encoders: TextEncoders | None = None
+    loraplus_lr_ratio: float | None = None
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -111,7 +114,9 @@ class LoRA:
         facts, kind = self.facts, "DoRA" if self._config.use_dora else "lora"
         names = [part.part for part in self.parts]
         of = f" of {', '.join(names)}" if self.encoders else ""
-        return f"{kind}{of}, rank {facts['lora_rank']}, alpha {facts['lora_alpha']}"
+        ratio = self.loraplus_lr_ratio
+        faster = f", B at {ratio:g} times the rate" if ratio is not None else ""
+        return f"{kind}{of}, rank {facts['lora_rank']}, alpha {facts['lora_alpha']}{faster}"
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -139,11 +144,20 @@ class LoRA:
         return {name: p for part in self.parts for name, p in part.parameters().items()}
 
     def groups(self) -> list[ParamGroup]:
-        """A group for the denoiser and one for text encoders, in which all learns alike."""
+        """A group for the denoiser and one for text encoders; with LoRA+ their B apart."""
         denoiser, *encoders = self.parts
         of_text = {name: p for part in encoders for name, p in part.parameters().items()}
         groups = [ParamGroup("lora", denoiser.parameters())]
-        return groups + [ParamGroup("text encoders", of_text, text=True)] * bool(of_text)
+        groups += [ParamGroup("text encoders", of_text, text=True)] * bool(of_text)
+        return [part for group in groups for part in self._by_rate(group)]
+
+    def _by_rate(self, group: ParamGroup) -> list[ParamGroup]:
+        if self.loraplus_lr_ratio is None:
+            return [group]
+        outputs = {n: p for n, p in group.parameters.items() if n.endswith(_PARTS[1])}
+        others = {n: p for n, p in group.parameters.items() if n not in outputs}
+        faster = {"name": f"{group.name}, B", "lr_scale": self.loraplus_lr_ratio}
+        return [replace(group, parameters=others), replace(group, parameters=outputs, **faster)]
 
     def predict(self, family: Family, draw: Draw, batch: Batch) -> Tensor:
         """See Trainable; encodes the captions where text encoders train."""

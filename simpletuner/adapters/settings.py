@@ -69,6 +69,10 @@ class AdapterSettings(Section):
     """Scale the adapter by lora_alpha / sqrt(lora_rank), so that a larger rank is not a weaker one;
     the file that is written says the same in the plain way, with a larger alpha."""
 
+    loraplus_lr_ratio: float | None = setting(None, gt=0)
+    """How many times faster the adapter's output matrix (lora_B) learns than all else (LoRA+): 16
+    is usual, with a learning_rate a little smaller; without it, as fast."""
+
     lora_format: Literal["diffusers", "comfyui", "kohya"] = setting("diffusers")
     """The layout of the adapter; in another than diffusers, a second file with the layout in its
     name is written beside the first, with the same change of every weight."""

@@ -170,7 +170,7 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
     of_lora = (config.adapter.trains, config.adapter.lora_type) == ("lora", "standard")
     found: dict[str, Any] = {
         **_optimizer_settings(config.optimizer, total_steps),
-        **({"lora_dropout": config.adapter.lora_dropout} if of_lora else {}),
+        **(_lora_settings(config.adapter) if of_lora else {}),
         **_text_rate(config),
         "use_ema": config.adapter.use_ema,
         "mixed_precision": precision.mixed_precision,
@@ -196,6 +196,12 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
         if hint_of(field).pending is not True and (flow or not of_flow) and name not in unused:
             found[name] = values[name]
     return _plain(found)
+
+
+def _lora_settings(adapter: AdapterSettings) -> dict[str, Any]:
+    ratio = adapter.loraplus_lr_ratio
+    plus = {} if ratio is None else {"loraplus_lr_ratio": ratio}
+    return {"lora_dropout": adapter.lora_dropout, **plus}
 
 
 def _text_rate(config: Config) -> dict[str, Any]:
