@@ -24,6 +24,9 @@ FluxTarget = Literal[
 STARTS = ("pissa", "olora")
 """The values of lora_init_type that begin from the base's weights."""
 
+ANY_DENOISER = "dit"
+"""DiffSynth-Studio's name for a denoiser, whatever the pipeline calls it."""
+
 
 class AdapterSettings(Section):
     """What is trained."""
@@ -54,6 +57,17 @@ class AdapterSettings(Section):
     peft_lora_target_modules: tuple[str, ...] | None = setting(None, min_length=1)
     """The modules that get an adapter, by the end of their names; without it, the family's
     choice."""
+
+    lora_base_model: str | None = setting(None)
+    """The model that gets the LoRA: unet or transformer, as the pipeline calls it, or dit for
+    either. Beside trainable_models it says that there is a LoRA; train_text_encoder gives text
+    encoders one too."""
+
+    trainable_models: tuple[str, ...] | None = setting(None, min_length=1)
+    """What trains with its own weights instead of an adapter: modules of the denoiser by the end of
+    their path (norm1), from its name on by the whole path (unet.*.norm1), * being anything, or the
+    whole of it (unet, transformer or dit). Beside a LoRA, with model_type lora or lora_base_model;
+    else alone, and model_type is full unless it is set."""
 
     init_lora: str | None = setting(None)
     """A LoRA file or folder to go on from, instead of a new one."""

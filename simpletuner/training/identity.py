@@ -126,6 +126,7 @@ def model_identity(config: Config, family: Family) -> Facts:
             **_schedule_identity(family),
             **_preset_identity(adapter),
             "model_type": adapter.model_type,
+            **_whole_identity(adapter),
             **_adapter_identity(adapter),
             "optimizer": config.optimizer.optimizer,
         }
@@ -142,6 +143,12 @@ def _preset_identity(adapter: AdapterSettings) -> dict[str, Any]:
     if adapter.preset_lora_path is None:
         return {}
     return {"preset LoRA": sha256_file(lora_file(adapter.preset_lora_path))[:32]}
+
+
+def _whole_identity(adapter: AdapterSettings) -> dict[str, Any]:
+    if adapter.trainable_models is None:
+        return {}
+    return {"trainable_models": ", ".join(adapter.trainable_models)}
 
 
 def _adapter_identity(adapter: AdapterSettings) -> dict[str, Any]:
