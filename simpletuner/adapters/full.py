@@ -70,9 +70,9 @@ class Full:
     @property
     def summary(self) -> str:
         """See Trainable."""
-        of = f"{', '.join(self.named)} of the" * bool(self.named)
-        kind = f"biases of {of or 'the'}" if self.biases else of or "whole"
-        return f"full, the {kind} {self.file}"
+        whole = f"the {self.file}" if self.biases else f"the whole {self.file}"
+        what = f"{', '.join(self.named)} of the {self.file}" if self.named else whole
+        return f"full, {'the biases of ' * self.biases}{what}"
 
     @property
     def facts(self) -> Mapping[str, str]:

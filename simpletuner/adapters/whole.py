@@ -53,7 +53,10 @@ class Whole:
                     " only whole numbers of weights can move",
                     fix="leave it out, or set base_model_precision no_change",
                 )
-        base = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+        base = {  # a blueprint has nothing to copy
+            name: p.detach() if p.is_meta else p.detach().to("cpu", copy=True)
+            for name, p in parameters.items()
+        }
         for parameter in parameters.values():
             parameter.data = parameter.data.float()
         found = cls(denoiser, part, parameters, base)
