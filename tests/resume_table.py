@@ -38,7 +38,11 @@ METHODS_TRIED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "lora": {"lora_dropout": 0.1},
         "lora-text": {"train_text_encoder": True, "text_encoder_lr": 5e-4, "lora_dropout": 0.1},
         "lora-plus": {"loraplus_lr_ratio": 16.0},
-        "lora-whole": {"trainable_models": "conv_in,norm3", "lora_base_model": "dit"},
+        "lora-whole": {
+            "trainable_models": "conv_in,norm3",
+            "trainable_models_lr": 1e-4,
+            "lora_base_model": "dit",
+        },
         "rslora": {"use_rslora": True},
         "dora": {"use_dora": True},
         "pissa": {"lora_init_type": "pissa"},

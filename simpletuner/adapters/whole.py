@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ class Whole:
 
     def groups(self) -> list[ParamGroup]:
         """See Trainable."""
-        return trained_groups(self.parameters)
+        return [replace(group, whole=True) for group in trained_groups(self.parameters)]
 
     @contextmanager
     def untrained(self) -> Iterator[None]:

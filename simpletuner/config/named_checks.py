@@ -9,8 +9,10 @@ from simpletuner.adapters.settings import ANY_DENOISER
 from simpletuner.config.proposal import Check, Proposal
 from simpletuner.core.errors import Problem
 from simpletuner.models.families import FAMILIES
+from simpletuner.optim.optimizers import OPTIMIZERS
 
 _WHOLE, _LORA = "trainable_models", "lora_base_model"
+_RATE = "trainable_models_lr"
 
 _OTHERS: Mapping[str, str] = MappingProxyType(
     {
@@ -92,4 +94,24 @@ def _beside_an_adapter(run: Proposal, names: tuple[str, ...], denoiser: str) -> 
         )
 
 
-NAMED_CHECKS: tuple[Check, ...] = (lora_is_of_the_denoiser, named_models_can_train)
+def rate_of_named_models(run: Proposal) -> Iterator[Problem]:
+    """A rate of their own is asked where they train beside others, of an optimizer of several."""
+    rate, optimizer, values = run.values[_RATE], run.values["optimizer"], run.values
+    if rate is None:
+        return
+    row = OPTIMIZERS.get(optimizer) if optimizer in OPTIMIZERS else None
+    if not values[_WHOLE] or values["model_type"] != "lora":
+        yield run.problem(
+            _RATE, f"changes nothing without {_WHOLE} beside a LoRA; set learning_rate in its place"
+        )
+    elif row is not None and row.fact("own_rate") and rate != values["learning_rate"]:
+        yield run.problem(
+            _RATE, f"{optimizer} finds one rate for all that trains; remove it, or take another"
+        )
+
+
+NAMED_CHECKS: tuple[Check, ...] = (
+    lora_is_of_the_denoiser,
+    named_models_can_train,
+    rate_of_named_models,
+)

@@ -178,7 +178,7 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
     found: dict[str, Any] = {
         **_optimizer_settings(config.optimizer, total_steps),
         **(_lora_settings(config.adapter) if of_lora else {}),
-        **_text_rate(config),
+        **_own_rates(config),
         "use_ema": config.adapter.use_ema,
         "mixed_precision": precision.mixed_precision,
         "base_model_precision": precision.base_model_precision,
@@ -211,11 +211,13 @@ def _lora_settings(adapter: AdapterSettings) -> dict[str, Any]:
     return {"lora_dropout": adapter.lora_dropout, **plus}
 
 
-def _text_rate(config: Config) -> dict[str, Any]:
-    optimizer = config.optimizer
-    if not config.adapter.train_text_encoder:
-        return {}
-    return {"text_encoder_lr": optimizer.text_encoder_lr or optimizer.learning_rate}
+def _own_rates(config: Config) -> dict[str, Any]:
+    adapter, optimizer, found = config.adapter, config.optimizer, {}
+    if adapter.train_text_encoder:
+        found["text_encoder_lr"] = optimizer.text_encoder_lr or optimizer.learning_rate
+    if adapter.trainable_models and adapter.trains == "lora":
+        found["trainable_models_lr"] = optimizer.trainable_models_lr or optimizer.learning_rate
+    return found
 
 
 def _optimizer_settings(optimizer: OptimizerSettings, total_steps: int) -> dict[str, Any]:

@@ -76,6 +76,34 @@ def test_the_printed_lines_paint_the_runs_own_picture_with_diffusers_alone(
     assert np.abs(paint(found["pipe"], run) - ours).max() > 1
 
 
+def test_they_are_used_on_the_base_with_its_preset_and_comfyuis_file_is_made_of_a_finished_run(
+    tmp_path: Path, tiny_sdxl: Path, capsys: Captured
+) -> None:
+    first = run_of(tmp_path / "first", tiny_sdxl, learning_rate=5e-2)
+    assert first.train() == 0
+    run = run_of(tmp_path / "second", tiny_sdxl, learning_rate=1e-2, validation_disable=False)
+    run.settings |= {"trainable_models": "conv_in,to_k", "peft_lora_target_modules": ["to_q"]}
+    run.settings |= {"preset_lora_path": str(first.out), "validation_seed": 7}
+    capsys.readouterr()
+    assert run.train() == 0
+    found: dict[str, Any] = {}
+    exec(said_lines(capsys.readouterr().out), found)
+    ours = np.asarray(Image.open(run.out / f"{PICTURE}.png"))
+    assert np.abs(paint(found["pipe"], run) - ours).max() <= 1
+
+    file = run.out / "pytorch_lora_weights.safetensors"
+    assert main(["export", str(run.out), "--to", "comfyui"]) == 2
+    assert "start the run again with lora_format comfyui" in capsys.readouterr().err
+    before = file.read_bytes()
+    assert run.train(lora_format="comfyui") == 0
+    assert file.read_bytes() == before
+    made = load_file(run.out / "pytorch_lora_weights.comfyui.safetensors")
+    bias = made["diffusion_model.input_blocks.0.0.diff_b"]
+    base = load_file(tiny_sdxl / "unet/diffusion_pytorch_model.safetensors")
+    trained = load_file(run.out / "unet_weights.safetensors")
+    torch.testing.assert_close(bias, trained["conv_in.bias"] - base["conv_in.bias"])
+
+
 @pytest.mark.parametrize("family", PARTS)
 def test_every_named_weight_learns_beside_a_bf16_base_and_the_rest_stays(
     tmp_path: Path, request: pytest.FixtureRequest, capsys: Captured, family: str
@@ -136,6 +164,16 @@ def test_a_name_that_fits_nothing_is_told_before_anything_is_encoded(
     assert run.train(trainable_models="conv_in", peft_lora_target_modules=["to_qq"]) == 2
     assert "no module of the model is called 'to_qq'" in capsys.readouterr().err
     assert {event["stage"] for event in run.events("stage")} == {"index pictures"}
+
+
+def test_they_learn_beside_fp16_and_a_scaled_loss(tmp_path: Path, tiny_sdxl: Path) -> None:
+    names = {"trainable_models": "conv_in,norm3", "peft_lora_target_modules": ["to_q"]}
+    run = run_of(tmp_path, tiny_sdxl, mixed_precision="fp16", **names)
+    assert run.train(max_train_steps=6) == 0
+    written = load_file(run.out / "unet_weights.safetensors")
+    before = load_file(tiny_sdxl / "unet/diffusion_pytorch_model.safetensors")
+    same = [n for n, t in written.items() if torch.equal(t, before[n].half().float())]
+    assert same == []
 
 
 def test_other_names_are_not_gone_on_with(

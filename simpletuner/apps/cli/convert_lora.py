@@ -78,7 +78,8 @@ def convert(source: Path, layout: str, output: str | None, family: str | None) -
         raise ConfigError(
             f"{source.name} is half of what was trained: the rest is in {beside}, as a whole and"
             " not as a change",
-            fix="train with lora_format comfyui, which writes a file with both",
+            fix="start the run again with lora_format comfyui: also when it is finished it writes a"
+            " file with both",
         )
     facts = {
         key: value

@@ -22,6 +22,7 @@ from simpletuner.core.tensors import header
 from simpletuner.core.types import Place
 from simpletuner.models.loading import open_family
 from simpletuner.models.settings import ModelSettings
+from simpletuner.training.guards import LearningGuard
 from tests.tiny.single_file import _unet as original_unet
 from tests.unit.adapters.test_lora import forward, lora_on
 from tests.unit.models.test_sdxl import CPU, open_tiny
@@ -170,6 +171,23 @@ def test_both_train_in_fp32_and_vectors_do_not_decay(tiny_sdxl: Path) -> None:
     assert lora.summary.endswith(f"B at 4 times the rate, and {count} weights of the unet whole")
 
 
+def test_whole_weights_have_a_rate_of_their_own_that_follows_the_schedule(tiny_sdxl: Path) -> None:
+    """Closed form: a plain step goes the rate times the gradient; of ten the sixth 4/9 of that."""
+    adapter = {"trainable_models": WHOLE, "peft_lora_target_modules": ["to_q"]}
+    rates = {"learning_rate": 1e-2, "trainable_models_lr": 1e-3}
+    more = {"optimizer": "torch-sgd", "lr_scheduler": "linear", "lr_end": 0.0, "max_grad_norm": 0.0}
+    stepper = build_stepper(tiny_sdxl, adapter=adapter, **rates, **more)
+    held = stepper.weights.trainable.parameters()
+    for step, share in ((0, 1.0), (5, 4 / 9)):
+        before = {name: p.detach().clone() for name, p in held.items()}
+        stepper.step(step, window_of(make_batch(1, 2)))
+        for name, parameter in held.items():
+            rate = 1e-2 if ".lora_" in name else 1e-3
+            assert parameter.grad is not None
+            wanted = before[name] - share * rate * parameter.grad
+            torch.testing.assert_close(parameter.detach(), wanted, rtol=0, atol=1e-7)
+
+
 def test_disabled_is_the_base_and_afterwards_all_is_as_it_was(tiny_sdxl: Path) -> None:
     base = forward(open_tiny(tiny_sdxl).open_denoiser(CPU))
     lora = mixed(tiny_sdxl)
@@ -192,6 +210,18 @@ def test_a_regularising_batch_learns_towards_the_untouched_base(tiny_sdxl: Path)
     loss.backward()
     assert loss.item() > 1e-4
     assert stepper.weights.trainable.parameters()["conv_in.weight"].grad is not None
+
+
+def test_a_named_weight_that_does_not_learn_is_told(tiny_sdxl: Path) -> None:
+    adapter = {"trainable_models": WHOLE, "peft_lora_target_modules": ["to_q"]}
+    stepper = build_stepper(tiny_sdxl, adapter=adapter)
+    guard = LearningGuard(stepper.weights)
+    stepper.weights.trainable.parameters()["conv_in.bias"].requires_grad_(False)
+    losses = [stepper.step(step, window_of(make_batch(1, 2))).loss for step in range(2)]
+    for loss in losses:
+        guard.watch(loss)
+    with pytest.raises(TrainingError, match=r"1 of \d+ .* got no gradient .*: conv_in\.bias"):
+        guard.watch(losses[-1])
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -118,6 +118,26 @@ def test_what_is_named_to_train_decides_how(
                 " set model_type lora"
             ],
         ),
+        (
+            {"trainable_models": "conv_in", "trainable_models_lr": 1e-5},
+            [
+                "trainable_models_lr: changes nothing without trainable_models beside a LoRA; set"
+                " learning_rate in its place"
+            ],
+        ),
+        (
+            {
+                "trainable_models": "conv_in",
+                "model_type": "lora",
+                "trainable_models_lr": 0.5,
+                "learning_rate": 1,
+                "optimizer": "prodigy",
+            },
+            [
+                "trainable_models_lr: prodigy finds one rate for all that trains; remove it, or"
+                " take another"
+            ],
+        ),
     ],
 )
 def test_what_cannot_train_so_is_refused(
