@@ -37,6 +37,12 @@ METHODS_TRIED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "lora": {"lora_dropout": 0.1},
         "lora-text": {"train_text_encoder": True, "text_encoder_lr": 5e-4, "lora_dropout": 0.1},
+        "lora-plus": {"loraplus_lr_ratio": 16.0},
+        "lora-whole": {
+            "trainable_models": "conv_in,norm3",
+            "trainable_models_lr": 1e-4,
+            "lora_base_model": "dit",
+        },
         "rslora": {"use_rslora": True},
         "dora": {"use_dora": True},
         "pissa": {"lora_init_type": "pissa"},
@@ -48,12 +54,13 @@ METHODS_TRIED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "diag-oft": _lycoris("diag-oft"),
         "boft": _lycoris("boft"),
         "full": {"model_type": "full", "learning_rate": 1e-4},
+        "full-parts": {"model_type": "full", "trainable_models": "unet.conv_in,norm3"},
         "bitfit": {"model_type": "full", "layer_freeze_strategy": "bitfit"},
         "controlnet": {"model_type": "full", "controlnet": True},
     }
 )
 INT8 = MappingProxyType({"base_model_precision": "int8-quanto"})
-REFUSED_OVER_INT8 = ("pissa", "olora", "lycoris-full", "full", "bitfit")
+REFUSED_OVER_INT8 = ("pissa", "olora", "lycoris-full", "full", "full-parts", "bitfit")
 _OF_OPTIMIZERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "prodigy": {"learning_rate": 1.0},

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+BESIDE = "trained_beside"
+"""In the header of a LoRA: the file of weights that trained whole beside it, in the same folder."""
 _HEADER = "lora_adapter_metadata"
 
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -203,12 +204,14 @@ def write_changes(
     family: type[Family],
     metadata: Mapping[str, str],
     names: OriginalNames | None = None,
+    more: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write a LoRA in one of FORMATS, atomically.
 
     Args:
         metadata: Facts for the reader; no paths, no secrets.
         names: The table of the denoiser at hand; without it, that of the family's base model.
+        more: What else a layout other than diffusers holds, by its keys.
 
     Raises:
         ModelError: A module has no name in the original, or DoRA cannot be kept.
@@ -216,7 +219,7 @@ def write_changes(
     if layout == "diffusers":
         _write_diffusers(path, changes, family, metadata)
         return
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = dict(more)
     comfy = layout == "comfyui"
     ends = ("lora_A.weight", "lora_B.weight") if comfy else ("lora_down.weight", "lora_up.weight")
     text, ours = _split_text(changes)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.folder import trained_groups, verify_folder, write_folder
+from simpletuner.adapters.named import named_weights
+from simpletuner.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from simpletuner.adapters.method import Verified
@@ -23,22 +25,37 @@ if TYPE_CHECKING:
 def attach(denoiser: nn.Module, family: Family, settings: AdapterSettings) -> Full:
     """Let every weight of `denoiser` that can learn train, in the dtype it is in.
 
-    With ``layer_freeze_strategy`` bitfit only its biases (Ben Zaken et al. 2022, arXiv 2106.10199).
+    With trainable_models only what that names; with ``layer_freeze_strategy`` bitfit of it only the
+    biases (Ben Zaken et al. 2022, arXiv 2106.10199).
+
+    Raises:
+        ConfigError: A name that nothing matches, or nothing that has biases.
     """
-    unused, biases = family.unused(denoiser), settings.layer_freeze_strategy == "bitfit"
-    for name, parameter in denoiser.named_parameters():
-        chosen = name.endswith(".bias") or not biases
+    biases = settings.layer_freeze_strategy == "bitfit"
+    every, unused = dict(denoiser.named_parameters()), family.unused(denoiser)
+    weights = named_weights(denoiser, family, settings) or every
+    for name, parameter in every.items():
+        chosen = name in weights and (name.endswith(".bias") or not biases)
         parameter.requires_grad_(chosen and name not in unused)
-    return Full(denoiser, family, biases)
+    named = settings.trainable_models if every.keys() - unused != weights.keys() - unused else None
+    full = Full(denoiser, family, biases, named or ())
+    if named and not full.parameters():
+        raise ConfigError(
+            f"trainable_models: nothing of {', '.join(named)} has a bias, and"
+            " layer_freeze_strategy bitfit trains these alone",
+            fix="remove one of the two",
+        )
+    return full
 
 
 @dataclass(frozen=True)
 class Full:
-    """A denoiser that trains as a whole; implements Trainable."""
+    """A denoiser that trains as a whole, or named parts of it; implements Trainable."""
 
     denoiser: nn.Module
     family: Family
     biases: bool = False
+    named: tuple[str, ...] = ()
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -53,7 +70,9 @@ class Full:
     @property
     def summary(self) -> str:
         """See Trainable."""
-        return f"full, the {'biases of the' if self.biases else 'whole'} {self.file}"
+        whole = f"the {self.file}" if self.biases else f"the whole {self.file}"
+        what = f"{', '.join(self.named)} of the {self.file}" if self.named else whole
+        return f"full, {'the biases of ' * self.biases}{what}"
 
     @property
     def facts(self) -> Mapping[str, str]:

@@ -2,12 +2,13 @@
 
 The change of a module's weight is ``(alpha / rank) * B @ A``, A [rank, in], B [out, rank]; with
 rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) the factor is ``alpha / sqrt(rank)``. DoRA (Liu et al.
-2024, arXiv 2402.09353) gives the changed weight's rows the lengths of a trained vector [out].
+2024, arXiv 2402.09353) gives the changed weight's rows the lengths of a trained vector [out]. With
+LoRA+ (Hayou et al. 2024, arXiv 2402.12354) B learns faster than A.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from simpletuner.adapters import export as export_files
 from simpletuner.adapters.adapted import TRAINED, Adapted, AdaptedEncoder
 from simpletuner.adapters.formats import read_changes, write_changes
 from simpletuner.adapters.method import Verified
+from simpletuner.adapters.named import named_weights, targets_apart
+from simpletuner.adapters.whole import Whole
 from simpletuner.core.errors import ConfigError, TrainingError
 from simpletuner.core.tensors import read_tensors
 from simpletuner.core.types import ParamGroup
@@ -37,7 +40,7 @@ def attach(
     settings: AdapterSettings,
     encoders: TextEncoders | None = None,
 ) -> LoRA:
-    """Freeze `denoiser` and give its target modules an adapter each.
+    """Freeze `denoiser` but for what trains whole, and give its target modules an adapter each.
 
     Args:
         denoiser: What predicts.
@@ -46,11 +49,10 @@ def attach(
         encoders: Text encoders that get some too; None where captions are encoded beforehand.
 
     Raises:
-        ConfigError: A target that no module matches, or an `init_lora` that does not fit.
+        ConfigError: A name that nothing matches, or an `init_lora` that does not fit.
     """
-    named = family.lora_target_sets.get(settings.flux_lora_target, family.lora_targets)
-    targets = list(settings.peft_lora_target_modules or named)
-    _check_targets(denoiser, targets)
+    weights = named_weights(denoiser, family, settings)
+    targets = targets_apart(denoiser, family, settings, weights)
     denoiser.requires_grad_(False)
     own = Adapted(denoiser, family.denoiser)
     own.attach(targets, settings)
@@ -58,42 +60,28 @@ def attach(
     for name, encoder in encoders.trained.items() if encoders else ():
         parts.append(AdaptedEncoder(encoder, name))
         parts[-1].attach(family.trained_text[name].targets(encoder), settings)
-    lora = LoRA(denoiser, tuple(parts), family, settings.lora_format, encoders)
+    whole = Whole.of(denoiser, family.denoiser, weights)
+    layout, ratio = settings.lora_format, settings.loraplus_lr_ratio
+    lora = LoRA(denoiser, tuple(parts), family, whole, layout, encoders, ratio)
     if settings.init_lora:
         lora.start_from(export_files.lora_file(settings.init_lora), type(family))
     return lora
 
 
-def _check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:
-    for target in targets:
-        found = [
-            module
-            for name, module in denoiser.named_modules()
-            if name == target or name.endswith(f".{target}")
-        ]
-        if not found:
-            raise ConfigError(
-                f"peft_lora_target_modules: no module of the model is called {target!r}",
-                fix="name modules by the end of their path, for example to_q or to_out.0",
-            )
-        strange = [module for module in found if not isinstance(module, (nn.Linear, nn.Conv2d))]
-        if strange:
-            raise ConfigError(
-                f"peft_lora_target_modules: {target!r} is a {type(strange[0]).__name__},"
-                " which has no weight matrix to adapt",
-                fix="name linear layers or convolutions inside it, for example to_q or to_out.0",
-            )
-
-
 @dataclass(frozen=True)
 class LoRA:
-    """A denoiser with LoRA adapters, and text encoders with them; implements Trainable."""
+    """A denoiser with LoRA adapters, text encoders with them, and weights that train whole.
+
+    Implements Trainable.
+    """
 
     denoiser: nn.Module
     parts: tuple[Adapted, ...]
     family: Family
+    whole: Whole
     layout: str = "diffusers"
     encoders: TextEncoders | None = None
+    loraplus_lr_ratio: float | None = None
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -111,7 +99,11 @@ class LoRA:
         facts, kind = self.facts, "DoRA" if self._config.use_dora else "lora"
         names = [part.part for part in self.parts]
         of = f" of {', '.join(names)}" if self.encoders else ""
-        return f"{kind}{of}, rank {facts['lora_rank']}, alpha {facts['lora_alpha']}"
+        ratio = self.loraplus_lr_ratio
+        whole = len(self.whole.parameters)
+        beside = f", and {whole} weights of the {self.whole.part} whole" if whole else ""
+        faster = f", B at {ratio:g} times the rate" if ratio is not None else ""
+        return f"{kind}{of}, rank {facts['lora_rank']}, alpha {facts['lora_alpha']}{faster}{beside}"
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -127,6 +119,7 @@ class LoRA:
         return [
             "from diffusers import DiffusionPipeline",
             f'pipe = DiffusionPipeline.from_pretrained("{base}")',
+            *self.whole.usage(root),
             f'pipe.load_lora_weights("{root}", weight_name="{self.file}")',
         ]
 
@@ -135,15 +128,25 @@ class LoRA:
         return {name: layer for part in self.parts for name, layer in part.layers().items()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What every module's adapter is made of, by its name in the exported file."""
-        return {name: p for part in self.parts for name, p in part.parameters().items()}
+        """What every module's adapter is made of, and what trains whole, by names in the files."""
+        adapters = {name: p for part in self.parts for name, p in part.parameters().items()}
+        return {**adapters, **self.whole.parameters}
 
     def groups(self) -> list[ParamGroup]:
-        """A group for the denoiser and one for text encoders, in which all learns alike."""
+        """The adapters of the denoiser and of text encoders, with LoRA+ their B apart; the rest."""
         denoiser, *encoders = self.parts
         of_text = {name: p for part in encoders for name, p in part.parameters().items()}
         groups = [ParamGroup("lora", denoiser.parameters())]
-        return groups + [ParamGroup("text encoders", of_text, text=True)] * bool(of_text)
+        groups += [ParamGroup("text encoders", of_text, text=True)] * bool(of_text)
+        return [part for group in groups for part in self._by_rate(group)] + self.whole.groups()
+
+    def _by_rate(self, group: ParamGroup) -> list[ParamGroup]:
+        if self.loraplus_lr_ratio is None:
+            return [group]
+        outputs = {n: p for n, p in group.parameters.items() if n.endswith(_PARTS[1])}
+        others = {n: p for n, p in group.parameters.items() if n not in outputs}
+        faster = replace(group, name=f"{group.name}, B", lr_scale=self.loraplus_lr_ratio)
+        return [replace(group, parameters=others), replace(faster, parameters=outputs)]
 
     def predict(self, family: Family, draw: Draw, batch: Batch) -> Tensor:
         """See Trainable; encodes the captions where text encoders train."""
@@ -165,24 +168,30 @@ class LoRA:
         for part in self.parts:
             part.enable(on=False)
         try:
-            yield
+            with self.whole.untrained():
+                yield
         finally:
             for part in self.parts:
                 part.enable(on=True)
 
     def export(self, folder: Path, metadata: Mapping[str, str]) -> list[Path]:
-        """Write ``pytorch_lora_weights.safetensors`` in the diffusers layout, then in another's."""
+        """Write ``pytorch_lora_weights.safetensors`` in the diffusers layout, then in another's.
+
+        What trains whole is a file beside it; ComfyUI's layout holds both.
+        """
         tensors = {key: tensor for part in self.parts for key, tensor in part.tensors().items()}
         path = folder / export_files.LORA_FILE
         configs = {part.part: part.told() for part in self.parts}
-        export_files.write_lora(path, tensors, configs, metadata)
+        export_files.write_lora(path, tensors, configs, {**metadata, **self.whole.facts})
+        beside = self.whole.export(folder, metadata)
         if self.layout == "diffusers":
-            return [path]
+            return [path, *beside]
         other = path.with_name(f"{path.stem}.{self.layout}.safetensors")
         family, names = type(self.family), self.family.names_of(self.denoiser)
         changes = read_changes(path, family, names)
-        write_changes(other, changes, self.layout, family, metadata, names)
-        return [path, other]
+        more = self.whole.changes(names) if beside else {}
+        write_changes(other, changes, self.layout, family, metadata, names, more)
+        return [path, *beside, other]
 
     def start_from(self, path: Path, family: type[Family]) -> None:
         """Copy a LoRA in any layout into these adapters.
@@ -216,6 +225,7 @@ class LoRA:
                 trained[f"{name}.lora_B.weight"].copy_(change.up)
                 if change.magnitude is not None:
                     trained[f"{name}.lora_magnitude_vector"].copy_(change.magnitude)
+        self.whole.start_from(path)
 
     def verify(self, file: Path) -> Verified:
         """Load `file` with the stock loader as a second adapter and compare module by module.
@@ -246,13 +256,15 @@ class LoRA:
                     largest = max(largest, error)
                     if not error <= 1e-6:
                         wrong.append(name)
+        self.whole.learn()
+        wrong += self.whole.differing(file.parent, self.family)
         if wrong:
             raise TrainingError(
                 f"{file.name} was written, but the stock loader reads back another model:"
                 f" {len(wrong)} modules differ, for example {wrong[0]}",
                 fix="keep the last checkpoint and report this: the file must not be used",
             )
-        count = len(self.layers())
+        count = len(self.layers()) + len({n.rpartition(".")[0] for n in self.whole.parameters})
         return Verified(count, count, largest)
 
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from simpletuner.adapters.export import lora_file
+from simpletuner.adapters.export import BESIDE, lora_file
 from simpletuner.adapters.formats import read_changes
 from simpletuner.core.errors import ConfigError
+from simpletuner.core.tensors import header
 from simpletuner.models.encoders import is_text
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ def fuse(denoiser: nn.Module, name: str, family: Family) -> None:
             f"preset_lora_path: {path.name} changes the text encoders too, and only the denoiser"
             " takes one",
             fix="name a LoRA of the denoiser alone, or remove it",
+        )
+    if beside := header(path).get(BESIDE):
+        raise ConfigError(
+            f"preset_lora_path: {path.name} was trained with {beside}, which is not fused",
+            fix="name a LoRA without trainable_models, or remove it",
         )
     for place, change in changes.items():
         weight = getattr(modules.get(place), "weight", None)

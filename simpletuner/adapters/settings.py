@@ -24,6 +24,9 @@ FluxTarget = Literal[
 STARTS = ("pissa", "olora")
 """The values of lora_init_type that begin from the base's weights."""
 
+ANY_DENOISER = "dit"
+"""DiffSynth-Studio's name for a denoiser, whatever the pipeline calls it."""
+
 
 class AdapterSettings(Section):
     """What is trained."""
@@ -55,6 +58,17 @@ class AdapterSettings(Section):
     """The modules that get an adapter, by the end of their names; without it, the family's
     choice."""
 
+    lora_base_model: str | None = setting(None)
+    """The model that gets the LoRA: unet or transformer, as the pipeline calls it, or dit for
+    either. Beside trainable_models it says that there is a LoRA; train_text_encoder gives text
+    encoders one too."""
+
+    trainable_models: tuple[str, ...] | None = setting(None, min_length=1)
+    """What trains with its own weights instead of an adapter: modules of the denoiser by the end of
+    their path (norm1), from its name on by the whole path (unet.*.norm1), * being anything, or the
+    whole of it (unet, transformer or dit). Beside a LoRA, with model_type lora or lora_base_model;
+    else alone, and model_type is full unless it is set."""
+
     init_lora: str | None = setting(None)
     """A LoRA file or folder to go on from, instead of a new one."""
 
@@ -68,6 +82,10 @@ class AdapterSettings(Section):
     use_rslora: bool = setting(False)
     """Scale the adapter by lora_alpha / sqrt(lora_rank), so that a larger rank is not a weaker one;
     the file that is written says the same in the plain way, with a larger alpha."""
+
+    loraplus_lr_ratio: float | None = setting(None, gt=0)
+    """How many times faster the adapter's output matrix (lora_B) learns than all else (LoRA+): 16
+    is usual, with a learning_rate a little smaller; without it, as fast."""
 
     lora_format: Literal["diffusers", "comfyui", "kohya"] = setting("diffusers")
     """The layout of the adapter; in another than diffusers, a second file with the layout in its

@@ -8,6 +8,7 @@ from pathlib import Path
 from simpletuner.config.flat import SETTINGS
 from simpletuner.config.learning_checks import LEARNING_CHECKS
 from simpletuner.config.memory_checks import MEMORY_CHECKS
+from simpletuner.config.named_checks import NAMED_CHECKS
 from simpletuner.config.objective_checks import OF_THE_OBJECTIVE
 from simpletuner.config.precision_checks import PRECISION_CHECKS
 from simpletuner.config.proposal import Check, Proposal
@@ -164,6 +165,7 @@ CHECKS: tuple[Check, ...] = (
     *LEARNING_CHECKS,
     *PRECISION_CHECKS,
     *TEXT_ENCODER_CHECKS,
+    *NAMED_CHECKS,
     *MEMORY_CHECKS,
     flavour_of_family,
     prediction_of_family,

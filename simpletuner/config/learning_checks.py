@@ -21,7 +21,7 @@ from simpletuner.precision.quantisers import QUANTISERS
 _NET = "controlnet_model_name_or_path"
 _OF_LORA = (
     *("lora_dropout", "lora_init_type", "peft_lora_target_modules"),
-    *("use_dora", "use_rslora"),
+    *("use_dora", "use_rslora", "loraplus_lr_ratio"),
 )
 
 
@@ -242,6 +242,11 @@ def optimizer_fits(run: Proposal) -> Iterator[Problem]:
     if row.fact("own_rate") and values["learning_rate"] < 0.1:
         yield run.problem(
             "learning_rate", f"is a factor on the rate that {name} finds; set it to 1"
+        )
+    if row.fact("own_rate") and values["loraplus_lr_ratio"] is not None:
+        yield run.problem(
+            "loraplus_lr_ratio",
+            f"{name} finds one rate for all that trains; remove it, or take another",
         )
     if values["prodigy_steps"] is not None and not row.fact("own_rate"):
         yield run.problem(

@@ -101,6 +101,7 @@ class _Loading:
         values = read_values(given, SETTINGS, self.notes)
         self._fill(values, given, place)
         self._read_lycoris(values, given, place)
+        self._choose_the_method(values, given)
         self._fit_the_machine(values, given)
         built = self._sections(values, given, place)
         merged = _merged(built, values)
@@ -175,6 +176,13 @@ class _Loading:
             lines |= {(item.key,): item.line for item in found if item.line}
             values[key] = {item.key: item.value for item in found}
             given[key] = Given(key, values[key], name, lines=lines)
+
+    def _choose_the_method(self, values: dict[str, Any], given: Mapping[str, Given]) -> None:
+        """Where models are named to train, and none to get a LoRA, that is what is asked for."""
+        whole, lora = values.get("trainable_models"), values.get("lora_base_model")
+        if whole and not lora and "model_type" not in given:
+            values["model_type"] = "full"
+            self.notes.append("model_type is full: trainable_models, without lora_base_model")
 
     def _fit_the_machine(self, values: dict[str, Any], given: Mapping[str, Given]) -> None:
         """Where a format works on this machine in fp32 alone, that is the default there."""

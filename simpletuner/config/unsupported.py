@@ -158,12 +158,21 @@ _GROUPS = (
         "adam_beta1=0.9 adam_beta2=0.999",
     ),
     (
-        "is not here: what trains is chosen by model_type and peft_lora_target_modules",
+        "is not here: what trains is chosen by model_type, peft_lora_target_modules and"
+        " trainable_models",
         """
         freeze_encoder_after=17 freeze_encoder_before=12 freeze_encoder_strategy=after
         peft_lora_mode=standard save_text_encoder=false
         singlora_ramp_up_steps=0 slider_lora_target=false
         """,
+    ),
+    (
+        "is not needed: files are written by the names that their loaders want; remove it",
+        "remove_prefix_in_ckpt",
+    ),
+    (
+        "is not needed: preset_lora_path goes into the denoiser; remove it",
+        "preset_lora_model",
     ),
     (
         "is not here; write layer_freeze_strategy bitfit",

@@ -200,6 +200,7 @@ class ParamGroup:
         decay: False keeps weight decay off them.
         lr_scale: Multiplies the learning rate.
         text: They are of text encoders, which may have a learning rate of their own.
+        whole: They train whole beside adapters, and may have one too.
     """
 
     name: str
@@ -207,6 +208,7 @@ class ParamGroup:
     decay: bool = True
     lr_scale: float = 1.0
     text: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def build_optimizer(
     """
     assert len({group.name for group in groups}) == len(groups), "state is kept by group name"
     row = OPTIMIZERS[settings.optimizer]
-    scales = [g.lr_scale * (settings.text_share if g.text else 1.0) for g in groups]
+    scales = [g.lr_scale * settings.share_of(text=g.text, whole=g.whole) for g in groups]
     make = row.load()
     options = options_of(settings)
     decay = options.pop("weight_decay")

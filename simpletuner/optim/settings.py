@@ -75,6 +75,10 @@ class OptimizerSettings(Section):
     """The learning rate of the text encoders under train_text_encoder, which lr_scheduler changes
     by the same factor; without it, learning_rate."""
 
+    trainable_models_lr: float | None = setting(None, gt=0, le=10)
+    """The learning rate of what trainable_models names beside a LoRA, which lr_scheduler changes by
+    the same factor; without it, learning_rate. Whole weights want a smaller one, such as 1e-5."""
+
     @field_validator("lr_scheduler", mode="before")
     @classmethod
     def _cosine_has_a_warmup(cls, value: object) -> object:
@@ -107,10 +111,15 @@ class OptimizerSettings(Section):
             raise ValueError("is a whole number of steps, or a share below 1")
         return int(value) if value == int(value) else value
 
-    @property
-    def text_share(self) -> float:
-        """The learning rate of text encoders as a factor on `learning_rate`."""
-        return (self.text_encoder_lr or self.learning_rate) / self.learning_rate
+    def share_of(self, *, text: bool, whole: bool) -> float:
+        """The learning rate of some weights as a factor on `learning_rate`.
+
+        Args:
+            text: They are of text encoders.
+            whole: They train whole beside adapters.
+        """
+        own = self.text_encoder_lr if text else self.trainable_models_lr if whole else None
+        return (own or self.learning_rate) / self.learning_rate
 
     def warmup_of(self, total: int) -> int:
         """The steps of the warm-up in a run of `total`."""

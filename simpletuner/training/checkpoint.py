@@ -2,6 +2,7 @@
 
 checkpoint-N/
   pytorch_lora_weights.safetensors   what the user loads elsewhere; a folder of a full model
+  unet_weights.safetensors           with trainable_models beside a LoRA: what trained whole
   trainable.safetensors              the same weights under their names, exactly as they train
   optimizer.safetensors              the optimizer's tensors by parameter name
   ema.safetensors                    with use_ema: the average

@@ -53,10 +53,10 @@ class Estimate:
     Args:
         weights: Of the denoiser.
         trained: Those that train.
-        base: What holds the denoiser's weights.
+        base: What holds the denoiser's weights, but for those that train beside adapters.
         waiting: Those of them that are in the computer's memory at any one time.
         encoders: What holds text encoders that stay loaded because some of them train.
-        adapters: What holds trained weights beside the denoiser's own; 0 for full fine-tuning.
+        adapters: What holds trained weights apart from that; 0 for full fine-tuning.
         gradients: Of what trains.
         optimizer: What the optimizer remembers.
         average: The EMA's copy, on the device or beside the CPU as ema_device says.
@@ -183,7 +183,8 @@ def estimate(
     dtype = run_dtype(config.precision)
     held = held_in(config)
     denoiser = family.blueprint(held)
-    weights = sum(p.numel() for p in denoiser.parameters())
+    own = {id(p): p.numel() for p in denoiser.parameters()}
+    weights = sum(own.values())
     whole = config.adapter.trains == "full"
     waiting = _waiting(denoiser, config)
     shrunk = foreseen(denoiser, family.denoiser, config.precision.base_model_precision)
@@ -199,21 +200,21 @@ def estimate(
     all_there = {"enable_group_offload": False, "musubi_blocks_to_swap": 0}
     fit(trainable.modules, config.precision.model_copy(update=all_there), _META)
     count = sum(p.numel() for p in trainable.parameters().values())
-    started = 1 + (config.adapter.lora_init_type in STARTS)
+    named = 0 if whole else sum(own.get(id(p), 0) for p in trainable.parameters().values())
     nets = [m for m in trainable.modules if m is not denoiser] if not encoders else []
     net = sum(t.numel() for each in nets for t in (*each.parameters(), *each.buffers()))
     wide = held.itemsize if whole else 4
     width, height = _largest(sources)
     activations = _activations(config, family, trainable, dtype, width, height)
     if dtype != torch.float32:  # autocast keeps a copy of each weight it casts
-        activations += (weights * (whole and held != dtype) + net) * dtype.itemsize
+        activations += (weights * (whole and held != dtype) + net + named) * dtype.itemsize
     return Estimate(
         weights=weights,
         trained=count,
-        base=shrunk.after,
+        base=shrunk.after - named * held.itemsize,
         waiting=waiting * shrunk.after // max(shrunk.before, 1),
         encoders=sum(each.after for part, each in told.items() if part != family.denoiser),
-        adapters=0 if whole else net * 4 or count * wide * started,
+        adapters=0 if whole else net * 4 or _adapters(config, count, named),
         gradients=count * (4 if config.optimizer.gradient_precision == "fp32" else wide),
         optimizer=_remembered(config, trainable, held if whole else torch.float32),
         average=count * 4 if config.adapter.use_ema else 0,
@@ -225,6 +226,12 @@ def estimate(
         batch=config.schedule.train_batch_size,
         plan=tuple(plan),
     )
+
+
+def _adapters(config: Config, count: int, named: int) -> int:
+    """Bytes of `count` weights in fp32, with what adapters start from; `named` are no adapters'."""
+    started = 1 + (config.adapter.lora_init_type in STARTS)
+    return ((count - named) * started + named) * 4
 
 
 def _encoders_foreseen(config: Config, encoders: TextEncoders | None) -> dict[str, Quantised]:

@@ -79,7 +79,8 @@ class LearningGuard:
             raise TrainingError(
                 f"{len(dead)} of {len(parameters)} trainable tensors {why} in {_STEPS} steps:"
                 f" {_some(dead)}",
-                fix="leave these modules out of peft_lora_target_modules, or raise learning_rate",
+                fix="leave these modules out of peft_lora_target_modules or trainable_models, or"
+                " raise learning_rate",
             )
 
     def _stands(self, name: str, parameter: Tensor) -> bool:

@@ -126,6 +126,7 @@ def model_identity(config: Config, family: Family) -> Facts:
             **_schedule_identity(family),
             **_preset_identity(adapter),
             "model_type": adapter.model_type,
+            **_whole_identity(adapter),
             **_adapter_identity(adapter),
             "optimizer": config.optimizer.optimizer,
         }
@@ -142,6 +143,12 @@ def _preset_identity(adapter: AdapterSettings) -> dict[str, Any]:
     if adapter.preset_lora_path is None:
         return {}
     return {"preset LoRA": sha256_file(lora_file(adapter.preset_lora_path))[:32]}
+
+
+def _whole_identity(adapter: AdapterSettings) -> dict[str, Any]:
+    if adapter.trainable_models is None:
+        return {}
+    return {"trainable_models": ", ".join(adapter.trainable_models)}
 
 
 def _adapter_identity(adapter: AdapterSettings) -> dict[str, Any]:
@@ -170,8 +177,8 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
     of_lora = (config.adapter.trains, config.adapter.lora_type) == ("lora", "standard")
     found: dict[str, Any] = {
         **_optimizer_settings(config.optimizer, total_steps),
-        **({"lora_dropout": config.adapter.lora_dropout} if of_lora else {}),
-        **_text_rate(config),
+        **(_lora_settings(config.adapter) if of_lora else {}),
+        **_own_rates(config),
         "use_ema": config.adapter.use_ema,
         "mixed_precision": precision.mixed_precision,
         "base_model_precision": precision.base_model_precision,
@@ -198,11 +205,19 @@ def settings_in_use(config: Config, family: Family, total_steps: int) -> Facts:
     return _plain(found)
 
 
-def _text_rate(config: Config) -> dict[str, Any]:
-    optimizer = config.optimizer
-    if not config.adapter.train_text_encoder:
-        return {}
-    return {"text_encoder_lr": optimizer.text_encoder_lr or optimizer.learning_rate}
+def _lora_settings(adapter: AdapterSettings) -> dict[str, Any]:
+    ratio = adapter.loraplus_lr_ratio
+    plus = {} if ratio is None else {"loraplus_lr_ratio": ratio}
+    return {"lora_dropout": adapter.lora_dropout, **plus}
+
+
+def _own_rates(config: Config) -> dict[str, Any]:
+    adapter, optimizer, found = config.adapter, config.optimizer, {}
+    if adapter.train_text_encoder:
+        found["text_encoder_lr"] = optimizer.text_encoder_lr or optimizer.learning_rate
+    if adapter.trainable_models and adapter.trains == "lora":
+        found["trainable_models_lr"] = optimizer.trainable_models_lr or optimizer.learning_rate
+    return found
 
 
 def _optimizer_settings(optimizer: OptimizerSettings, total_steps: int) -> dict[str, Any]:

@@ -111,8 +111,11 @@ class Report:
         config = self._config
         weights = list(self._trainable.parameters().values())
         optimizer = config.optimizer
-        rate = optimizer.text_encoder_lr
-        text_rate = f" ({rate:g} for the text encoders)" if rate else ""
+        rates = {
+            "the text encoders": optimizer.text_encoder_lr,
+            "trainable_models": optimizer.trainable_models_lr,
+        }
+        own = ", ".join(f"{rate:g} for {what}" for what, rate in rates.items() if rate)
         data = ", ".join(
             f"{s.id}: {len(s)} pictures in {len({tuple(b) for b in s.buckets.tolist()})} shapes"
             for s in sources
@@ -127,7 +130,7 @@ class Report:
             f" {config.schedule.train_batch_size} x {config.schedule.gradient_accumulation_steps},"
             f" {_pace(plan)}",
             "optimizer": f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g}"
-            f"{text_rate}, {optimizer.lr_scheduler}",
+            f"{f' ({own})' * bool(own)}, {optimizer.lr_scheduler}",
             "precision": f"{str(place.dtype).removeprefix('torch.')} on {place.device},"
             f" trained in {str(weights[0].dtype).removeprefix('torch.')};"
             f" {self._held[self._family.denoiser]}",

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner.adapters import controlnet
+from simpletuner.adapters import controlnet, named
 from simpletuner.adapters.ema import Ema
 from simpletuner.adapters.method import attach
 from simpletuner.adapters.preset import with_preset
@@ -42,6 +42,7 @@ from simpletuner.validation.validator import Validator
 
 if TYPE_CHECKING:
     from simpletuner.adapters.method import Trainable, Verified
+    from simpletuner.adapters.settings import AdapterSettings
     from simpletuner.config.root import Config
     from simpletuner.core.events import Bus
     from simpletuner.core.files import RunFolder
@@ -118,7 +119,7 @@ def _train(
     planned = _planned(config, found[:drawn], seeds, place)  # refused before anything is encoded
     bus.notice("\n".join(DataReport.of(found, planned[0]).lines()))
     family = open_family(config.model, digests=root / "digests.json")
-    controlnet.check(family, config.adapter)
+    _check_what_trains(family, config.adapter)
     prompts = Prompts.of(config.validation)
     quantiser = Quantiser(config.precision)
     caches = precompute(
@@ -161,6 +162,12 @@ def _train(
         file, verified = _export(trainable, folder, report.metadata(state))
     report.finished(state, file, verified)
     return file
+
+
+def _check_what_trains(family: Family, adapter: AdapterSettings) -> None:
+    """Refuse what this model has nothing for, before anything is encoded."""
+    controlnet.check(family, adapter)
+    named.check(family, adapter)
 
 
 def _weights(

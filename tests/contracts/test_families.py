@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simpletuner.adapters import controlnet
@@ -373,16 +374,22 @@ def test_a_lora_learns_over_an_int8_base_that_is_near_the_plain_one(tiny: Tiny) 
 # --- the LoRA's file ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("whole", [None, ("norm1",)])
 def test_the_exported_lora_is_the_trained_model_in_the_stock_pipeline(
-    tiny: Tiny, tmp_path: Path
+    tiny: Tiny, tmp_path: Path, whole: tuple[str, ...] | None
 ) -> None:
-    lora = tiny.adapted(tiny.family.open_denoiser(CPU))
+    lora = tiny.adapted(tiny.family.open_denoiser(CPU), trainable_models=whole)
     files = lora.export(tmp_path, {})
-    assert files == [tmp_path / LORA_FILE]
+    beside = tmp_path / f"{tiny.family.denoiser}_weights.safetensors"
+    assert files == [tmp_path / LORA_FILE, *([beside] if whole else [])]
     verified = lora.verify(files[0])
-    assert verified.matched == verified.modules == len(lora.layers())
+    assert verified.matched == verified.modules
+    assert (verified.modules == len(lora.layers())) == (whole is None)
 
     pipe = tiny.stock()
+    if whole:
+        denoiser = pipe.components[tiny.family.denoiser]
+        assert not denoiser.load_state_dict(load_file(beside), strict=False).unexpected_keys
     pipe.load_lora_weights(tmp_path, weight_name=LORA_FILE)
     stock, batch = pipe.components[tiny.family.denoiser], tiny.batch([0, 3])
     draw = tiny.draw(batch)

@@ -110,6 +110,12 @@ FAMILIES = {
 }
 
 
+WHOLE = {
+    "sdxl": ("conv_in", "mid_block.attentions.0.norm"),
+    "sd3": ("context_embedder", "transformer_blocks.0.norm1"),
+}
+"""What trains whole where only that does, or beside a LoRA."""
+
 NETS: dict[str, Callable[[Any], nn.Module]] = {
     "sdxl": ControlNetModel.from_unet,
     "sd3": partial(
@@ -129,10 +135,13 @@ def reference(
         model.requires_grad_(False)
         base = cls.from_pretrained(folder, subfolder=part)  # which from_transformer changes
         net = NETS[family](base).train()
-    if method == "lora":
+    if method in ("lora", "mixed"):
         model.requires_grad_(False)
         targets = ["to_k", "to_q", "to_v", "to_out.0"]
         model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    if method == "mixed":
+        for name in WHOLE[family]:
+            model.get_submodule(name).requires_grad_(True)
     trained = {
         name.replace(".default", ""): p
         for name, p in (net or model).named_parameters()
@@ -161,7 +170,11 @@ def reference(
     return losses, {name: p.detach() for name, p in trained.items()}
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "controlnet"])
+def _kind(name: str) -> str:
+    return "adapter" if ".lora_" in name else "whole"
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "mixed", "parts", "controlnet"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_are_those_of_the_stock_loop(
     family: str, method: str, request: pytest.FixtureRequest
@@ -170,6 +183,8 @@ def test_ten_steps_are_those_of_the_stock_loop(
     adapter: dict[str, Any] = {
         "lora": {"lora_rank": RANK, "lora_alpha": ALPHA},
         "full": {"model_type": "full"},
+        "mixed": {"lora_rank": RANK, "lora_alpha": ALPHA, "trainable_models": WHOLE[family]},
+        "parts": {"model_type": "full", "trainable_models": WHOLE[family]},
         "controlnet": {"model_type": "full", "controlnet": True},
     }[method]
     stepper = build_stepper(
@@ -189,3 +204,4 @@ def test_ten_steps_are_those_of_the_stock_loop(
         assert torch.allclose(parameter.detach(), weights[name], atol=1e-4, rtol=0), name
     moved = [name for name in start if not torch.allclose(weights[name], start[name], atol=1e-4)]
     assert len(moved) == len(start)
+    assert (method == "mixed") == ({"whole", "adapter"} == {_kind(name) for name in start})

@@ -59,6 +59,7 @@ def convert(source: Path, layout: str, output: str | None, family: str | None) -
     """Write the adapter in `source` in another layout, and compare what reads back."""
     from safetensors import SafetensorError
 
+    from simpletuner.adapters.export import BESIDE
     from simpletuner.adapters.lycoris_names import is_lycoris
     from simpletuner.core.tensors import header, names_in
 
@@ -73,6 +74,13 @@ def convert(source: Path, layout: str, output: str | None, family: str | None) -
         raise ModelError(
             f"{source.name} cannot be read: {error}", fix="copy or download it again"
         ) from error
+    if beside := told.get(BESIDE):
+        raise ConfigError(
+            f"{source.name} is half of what was trained: the rest is in {beside}, as a whole and"
+            " not as a change",
+            fix="start the run again with lora_format comfyui: also when it is finished it writes a"
+            " file with both",
+        )
     facts = {
         key: value
         for key, value in told.items()

@@ -50,6 +50,7 @@ def _facts(family: type[Family]) -> dict[str, Any]:
         "alignment": family.alignment,
         "most_tokens": family.most_tokens,
         "architecture": family.architecture,
+        "denoiser": family.denoiser,
         "control": family.control is not None,
         "trained_text": tuple(family.trained_text),
     }

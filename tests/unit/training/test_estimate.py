@@ -185,6 +185,8 @@ def cached(run: Run) -> int:
         {"optimizer": "bnb-adamw8bit"},
         {"optimizer": "optimi-lion", "model_type": "full", "learning_rate": 1e-5},
         {"optimizer": "muon", "lora_init_type": "pissa"},
+        {"trainable_models": "conv_in,norm3", "use_ema": True},
+        {"trainable_models": "conv_in,norm3", "model_type": "full", "learning_rate": 1e-5},
     ],
 )
 def test_the_estimate_of_a_run_is_what_its_files_hold(
@@ -209,6 +211,10 @@ def test_the_estimate_of_a_run_is_what_its_files_hold(
     assert said["gradients"] == sizes["trainable"]
     assert said["adapters"] == (0 if "model_type" in settings else twice * sizes["trainable"])
     assert said["average"] == sizes.get("ema", 0)
+    (base,) = (tiny_sdxl / "unet").glob("*.safetensors")
+    beside = folder / "unet_weights.safetensors"
+    apart = load_file(beside) if beside.exists() else {}
+    assert said["base"] == sum(t.nbytes for n, t in load_file(base).items() if n not in apart)
     assert said["cache"] == cached(run)
     assert said["width"] % 16 == said["height"] % 16 == 0
     assert 0.7 < said["width"] * said["height"] / 64**2 < 1.5

@@ -288,6 +288,13 @@ BF16 = MappingProxyType({"mixed_precision": "bf16"})
         ("sdxl", {}, {"max_grad_norm": 0.5}, "max_grad_norm: was 1, now 0.5"),
         ("sdxl", {}, {"grad_clip_method": "value"}, "grad_clip_method: was norm, now value"),
         ("sdxl", {}, {"lora_dropout": 0.1}, "lora_dropout: was 0, now 0.1"),
+        ("sdxl", {}, {"loraplus_lr_ratio": 8}, "loraplus_lr_ratio: was unused, now 8"),
+        (
+            "sdxl",
+            {"trainable_models": ["conv_in"]},
+            {"trainable_models": ["conv_in"], "trainable_models_lr": 1e-5},
+            "trainable_models_lr: was 0.001, now 1e-05",
+        ),
         ("sdxl", {}, BF16, "mixed_precision: was no, now bf16"),
         ("sdxl", {}, {"disable_tf32": True}, "disable_tf32: was false, now true"),
         ("sdxl", {}, {"gradient_precision": "fp32"}, "gradient_precision: was unused, now fp32"),
